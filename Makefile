@@ -1,0 +1,50 @@
+# `make demo` and `make test` need python3 (3.10 or newer, with venv), a C++ compiler and make; everything else
+# they set up themselves, in .venv. What is up to date is not built again.
+SHELL  := /bin/bash
+PYTHON ?= python3
+TORCH  ?= torch==2.13.0
+
+VENV    := .venv
+PY      := $(VENV)/bin/python
+PIP     := $(PY) -m pip --disable-pip-version-check
+SOURCES := setup.py pyproject.toml bnn_fast/_version.py $(shell find csrc -type f)
+SETTINGS := $(TORCH) cuda=$(BNN_FAST_CUDA) architectures=$(TORCH_CUDA_ARCH_LIST)
+
+.PHONY: build demo test slow clean FORCE
+.DELETE_ON_ERROR:
+
+build: $(VENV)/installed
+
+demo: build
+	$(PY) -m bnn_fast.demos bayes_by_backprop digits
+
+test: build
+	$(PY) -m pytest -rs
+
+slow: build
+	$(PY) -m pytest -rs -m slow
+
+# The environment stays: remove .venv by hand to start from nothing.
+clean:
+	rm -rf build dist figures *.egg-info bnn_fast/_C*.so $(VENV)/installed .pytest_cache .hypothesis
+	find bnn_fast tests -name __pycache__ -prune -exec rm -rf {} +
+
+$(PY):
+	@$(PYTHON) -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "bnn_fast needs Python 3.10 or newer with venv; $(PYTHON) is not that. Remedy: install it" \
+	         "(on Debian and Ubuntu: python3-venv), or name another one: make PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/torch: $(VENV)/settings
+	$(PIP) install "$(TORCH)"
+	$(PIP) install "setuptools>=77" wheel ninja
+	touch $@
+
+$(VENV)/installed: $(SOURCES) $(VENV)/torch
+	$(PIP) install --no-build-isolation -e ".[demos,test]"
+	@$(PY) -c 'import bnn_fast; print(bnn_fast.build_info())'
+	touch $@
+
+# Changes only when a setting does.
+$(VENV)/settings: FORCE | $(PY)
+	@[ "$$(cat $@ 2>/dev/null)" = '$(SETTINGS)' ] || echo '$(SETTINGS)' > $@
