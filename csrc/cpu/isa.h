@@ -1,0 +1,35 @@
+// The kernel table of one instruction set: included by isa_*.cpp after BNN_FAST_ISA and the compiler's target are set.
+// float32 and the half types run on BNN_FAST_LANES, float64 on single doubles.
+#pragma once
+
+#include "linear.h"
+
+#include "kernels.h"
+
+BNN_FAST_BEGIN
+
+template <class Problem, void (*narrow)(const Problem&, int64_t, int64_t), void (*wide)(const Problem&, int64_t, int64_t)>
+void by_type(const Problem& problem, int64_t begin, int64_t end) {
+  bool is_wide;
+  if constexpr (requires { problem.wide; })
+    is_wide = problem.wide;
+  else if constexpr (requires { problem.weight.type; })
+    is_wide = problem.weight.type == Type::kFloat64;
+  else
+    is_wide = problem.posterior.type == Type::kFloat64;
+  (is_wide ? wide : narrow)(problem, begin, end);
+}
+
+template <class F> constexpr CpuKernels make_kernels(const char* name) {
+  return {name,
+          Lane<F>::width,
+          by_type<SampleForward, sample_forward<F>, sample_forward<double>>,
+          by_type<SampleBackward, sample_backward<F>, sample_backward<double>>,
+          by_type<KlElements, kl_elements<F>, kl_elements<double>>,
+          by_type<Pack, pack<F>, pack<double>>,
+          by_type<Pack, unpack<F>, unpack<double>>,
+          by_type<LinearForward, linear_forward<F>, linear_forward<double>>,
+          by_type<LinearBackward, linear_backward<F>, linear_backward<double>>};
+}
+
+BNN_FAST_END

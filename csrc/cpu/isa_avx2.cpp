@@ -1,0 +1,17 @@
+// 8 lanes.
+#include <cstdint>
+#include <cstring>
+#include <math.h>
+#include <memory>
+#include <new>
+
+#if defined(__x86_64__)
+#pragma GCC target("avx2,fma")
+#define BNN_FAST_ISA avx2
+#define BNN_FAST_VECTOR_BITS 256
+#include "isa.h"
+
+namespace bnn_fast {
+extern const CpuKernels kernels_avx2 = avx2::make_kernels<avx2::f32x8>("avx2");
+}  // namespace bnn_fast
+#endif

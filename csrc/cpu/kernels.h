@@ -1,0 +1,31 @@
+// The table of CPU kernels. Each instruction set fills one (isa_*.cpp); dispatch.cpp chooses.
+#pragma once
+
+#include "../problem.h"
+
+namespace bnn_fast {
+
+// Kernels work on tasks [begin, end), so that the caller can spread them over torch's threads.
+struct CpuKernels {
+  const char* name;
+  int lanes;  // floats in a vector, the innermost extent of packed activations (doubles are always packed by one)
+  void (*sample_forward)(const SampleForward&, int64_t begin, int64_t end);    // tasks: Tasks(posterior)
+  void (*sample_backward)(const SampleBackward&, int64_t begin, int64_t end);  // tasks: Tasks(posterior)
+  void (*kl_elements)(const KlElements&, int64_t begin, int64_t end);          // tasks: Tasks(posterior)
+  void (*pack)(const Pack&, int64_t begin, int64_t end);                       // tasks: vectors
+  void (*unpack)(const Pack&, int64_t begin, int64_t end);                     // tasks: batch rows
+  void (*linear_forward)(const LinearForward&, int64_t begin, int64_t end);    // tasks: blocks of kRowBlock outputs
+  void (*linear_backward)(const LinearBackward&, int64_t begin, int64_t end);  // tasks: blocks of column_block inputs
+};
+
+constexpr int64_t kRowBlock = 4;
+
+// Columns in a task of the backward: narrow enough for some parallelism, wide enough to stream, a multiple of 64.
+inline int64_t column_block(int64_t columns) {
+  int64_t block = (columns / 16 + 63) / 64 * 64;
+  return block < 64 ? 64 : block > 256 ? 256 : block;
+}
+
+const CpuKernels& cpu_kernels();
+
+}  // namespace bnn_fast

@@ -1,0 +1,67 @@
+// Runs kernels over torch's threads. Work is cut by shape alone (problem.h), so results do not depend on their number.
+#pragma once
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+#include "../divergence.h"
+#include "../tensors.h"
+#include "kernels.h"
+
+namespace bnn_fast {
+
+// Weights that are worth a second thread.
+constexpr int64_t kGrainWeights = 8192;
+
+template <class Problem>
+void run(void (*kernel)(const Problem&, int64_t, int64_t), const Problem& problem, int64_t tasks, int64_t weights_per_task) {
+  int64_t grain = weights_per_task > 0 ? (kGrainWeights + weights_per_task - 1) / weights_per_task : tasks;
+  if (tasks <= grain) return kernel(problem, 0, tasks);
+  torch::stable::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) { kernel(problem, begin, end); });
+}
+
+template <class Problem> void run_spans(void (*kernel)(const Problem&, int64_t, int64_t), const Problem& problem) {
+  run(kernel, problem, Tasks(problem.posterior).count, Tasks::kElements);
+}
+
+inline double sum_of(const std::vector<double>& parts) {
+  double sum = 0;
+  for (double part : parts) sum += part;
+  return sum;
+}
+
+// Draws weights (none if weight is null) and returns the sum of their KL, the mean over samples if it is sampled.
+inline double sample(const Posterior& p, int64_t divergence, int64_t samples, void* weight, Type weight_type) {
+  std::vector<double> kl(divergence == kNone ? 0 : Tasks(p).count);
+  run_spans(cpu_kernels().sample_forward, SampleForward{p, static_cast<int>(divergence), samples, weight, weight_type,
+                                                        kl.empty() ? nullptr : kl.data()});
+  return sum_of(kl) / (divergence == kSampled ? static_cast<double>(samples) : 1.0);
+}
+
+// Fresh memory for a large result, in huge pages where the system offers them on request: faulting in small pages one by
+// one takes longer than computing what is written to them.
+inline Tensor empty_large(const Tensor& like, const Shape& shape, ScalarType dtype) {
+  Tensor t = empty_of(like, shape, dtype);
+#ifdef __linux__
+  constexpr uintptr_t huge = uintptr_t(1) << 21;
+  uintptr_t begin = reinterpret_cast<uintptr_t>(t.const_data_ptr());
+  uintptr_t end = (begin + static_cast<uintptr_t>(t.numel() * size_of(type_of_tensor(t, "result")))) & ~(huge - 1);
+  begin = (begin + huge - 1) & ~(huge - 1);
+  if (end > begin + huge) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+  return t;
+}
+
+// A sum as a tensor with no dimensions, in the type that like's KL has.
+inline Tensor scalar_tensor(double value, const Tensor& like) {
+  ScalarType type = compute_type(like.scalar_type());
+  Tensor out = empty_of(like, {}, type);
+  if (type == ScalarType::Double)
+    *static_cast<double*>(out.mutable_data_ptr()) = value;
+  else
+    *static_cast<float*>(out.mutable_data_ptr()) = static_cast<float>(value);
+  return out;
+}
+
+}  // namespace bnn_fast

@@ -1,0 +1,231 @@
+// Sampling a tensor's weights with the KL of its elements, forward and backward, span by span.
+//
+//   forward    w_s = mu + sigma(rho) eps_s           KL summed on the way, sigma computed once for all samples
+//   backward   dmu = sum_s dW_s + k dKL/dmu          drho = sigma' sum_s dW_s eps_s + k dKL/drho
+//
+// With the sampled divergence k dKL_s/dw_s / S is added to dW_s, and only -(log sigma)' is left in dKL/drho.
+// The noise is drawn again in the backward; nothing is kept from the forward.
+#pragma once
+
+#include "span.h"
+
+BNN_FAST_BEGIN
+
+// Sigma over a span, and the analytic KL of its elements where it is asked for. Pruned and padded elements add nothing.
+template <class F>
+inline void sigma_span(const Posterior& p, int divergence, const ScalarOf<F>* mu, const ScalarOf<F>* rho, int width,
+                       PriorSpan<F>& prior, ScalarOf<F>* sigma, ScalarOf<F>* log_sigma, DoubleSum<F>& kl) {
+  constexpr int W = Lane<F>::width;
+  with_scale(p.scale, [&]<int scale>() {
+    if (divergence == kAnalytic) {
+      for (int i = 0; i < width; i += W) {
+        F r = load<F>(rho + i);
+        Spread<F> s = spread<scale>(r);
+        store<F>(sigma + i, s.sigma);
+        kl.add(select(is_pruned(r), splat<F>(0), kl_analytic(load<F>(mu + i), s, prior.at(i))));
+      }
+    } else if (divergence == kSampled) {
+      for (int i = 0; i < width; i += W) {
+        Spread<F> s = spread<scale>(load<F>(rho + i));
+        store<F>(sigma + i, s.sigma);
+        store<F>(log_sigma + i, s.log_sigma);
+      }
+    } else {
+      for (int i = 0; i < width; i += W) store<F>(sigma + i, spread<scale>(load<F>(rho + i)).sigma);
+    }
+  });
+}
+
+// One draw of a span's weights, and the sampled KL of its elements where it is asked for.
+template <class F>
+inline void draw_span(const SpanNoise& noise, const Span& span, int64_t sample, int divergence, const ScalarOf<F>* mu,
+                      const ScalarOf<F>* rho, const ScalarOf<F>* sigma, const ScalarOf<F>* log_sigma, PriorSpan<F>& prior,
+                      ScalarOf<F>* weight, DoubleSum<F>& kl) {
+  noise.draw<F>(span, sample, [&](int i, F eps) __attribute__((always_inline)) {
+    F w = fma_lane(load<F>(sigma + i), eps, load<F>(mu + i));
+    store<F>(weight + i, w);
+    if (divergence == kSampled) {
+      F element = kl_sampled(w, eps, load<F>(log_sigma + i), prior.at(i));
+      kl.add(select(is_pruned(load<F>(rho + i)), splat<F>(0), element));
+    }
+  });
+}
+
+// Calls body(span) for the spans of task t.
+template <class F, class Body> inline void for_spans(const Posterior& p, int64_t t, Body body) {
+  Tasks tasks(p);
+  int64_t row_begin = t / tasks.across * tasks.rows_per_task;
+  int64_t row_end = row_begin + tasks.rows_per_task < p.rows ? row_begin + tasks.rows_per_task : p.rows;
+  int64_t begin = t % tasks.across * tasks.columns_per_task;
+  int64_t end = padded_columns<F>(p);
+  if (tasks.across > 1 && begin + tasks.columns_per_task < end) end = begin + tasks.columns_per_task;
+  for (int64_t row = row_begin; row < row_end; ++row)
+    for (int64_t column = begin; column < end; column += kTile) body(span_at(p, row, column, end));
+}
+
+template <class F> inline void sample_forward(const SampleForward& problem, int64_t task_begin, int64_t task_end) {
+  const Posterior& p = problem.posterior;
+  PriorSpan<F> prior(p.prior);
+  SpanNoise noise(p);
+  int64_t stride = p.rows * p.columns * size_of(problem.weight_type);
+  Tile<F> mu_scratch, rho_scratch, sigma, log_sigma, weight_scratch;
+  for (int64_t t = task_begin; t < task_end; ++t) {
+    DoubleSum<F> kl;
+    for_spans<F>(p, t, [&](const Span& span) {
+      const auto* mu = load_span<F>(p.mu, p.type, p.columns, span, 0, mu_scratch);
+      const auto* rho = load_span<F>(p.rho, p.type, p.columns, span, -INFINITY, rho_scratch);
+      if (problem.divergence != kNone) prior.move_to(p, span);
+      sigma_span<F>(p, problem.divergence, mu, rho, span.width, prior, sigma, log_sigma, kl);
+      if (!problem.weight && problem.divergence != kSampled) return;
+      for (int64_t s = 0; s < problem.samples; ++s) {
+        if (!problem.weight) {
+          draw_span<F>(noise, span, s, problem.divergence, mu, rho, sigma, log_sigma, prior, weight_scratch, kl);
+          continue;
+        }
+        SpanOutput<F> weight(static_cast<char*>(problem.weight) + s * stride, problem.weight_type, p.columns, span,
+                             weight_scratch);
+        draw_span<F>(noise, span, s, problem.divergence, mu, rho, sigma, log_sigma, prior, weight.target, kl);
+        weight.finish();
+      }
+    });
+    if (problem.kl) problem.kl[t] = kl.total();
+  }
+}
+
+template <class F> inline void kl_elements(const KlElements& problem, int64_t task_begin, int64_t task_end) {
+  const Posterior& p = problem.posterior;
+  PriorSpan<F> prior(p.prior);
+  Tile<F> mu_scratch, rho_scratch, kl;
+  for (int64_t t = task_begin; t < task_end; ++t)
+    for_spans<F>(p, t, [&](const Span& span) {
+      const auto* mu = load_span<F>(p.mu, p.type, p.columns, span, 0, mu_scratch);
+      const auto* rho = load_span<F>(p.rho, p.type, p.columns, span, -INFINITY, rho_scratch);
+      prior.move_to(p, span);
+      with_scale(p.scale, [&]<int scale>() {
+        for (int i = 0; i < span.width; i += Lane<F>::width) {
+          F r = load<F>(rho + i);
+          F element = kl_analytic(load<F>(mu + i), spread<scale>(r), prior.at(i));
+          store<F>(kl + i, select(is_pruned(r), splat<F>(0), element));
+        }
+      });
+      store_span<F>(problem.kl, p.type, p.columns, span, kl);
+    });
+}
+
+// What the backward needs of a span: w = mu + sigma eps drawn again, and the two gradients put together from
+// the gradients by the weights.
+template <class F> struct GradientSpan {
+  using S = ScalarOf<F>;
+  static constexpr int W = Lane<F>::width;
+
+  const Posterior& p;
+  int divergence;
+  int64_t samples;
+  const KlGradient& grad_kl;
+  PriorSpan<F> prior;
+  SpanNoise noise;
+  const S *mu, *rho;
+  Tile<F> sigma, d_sigma, kl_mu, kl_rho;
+
+  GradientSpan(const Posterior& p, int divergence, int64_t samples, const KlGradient& grad_kl)
+      : p(p), divergence(grad_kl.data ? divergence : int(kNone)), samples(samples), grad_kl(grad_kl), prior(p.prior), noise(p) {
+    if (grad_kl.data && !grad_kl.elementwise) {
+      S value;
+      convert_from(grad_kl.data, grad_kl.type, 0, 1, &value);
+      for (int i = 0; i < kTile; ++i) factor[i] = value;
+    }
+  }
+
+  // sigma, sigma' and the KL's own part of both gradients.
+  void move_to(const Span& span) {
+    mu = load_span<F>(p.mu, p.type, p.columns, span, 0, mu_scratch);
+    rho = load_span<F>(p.rho, p.type, p.columns, span, -INFINITY, rho_scratch);
+    if (divergence != kNone) prior.move_to(p, span);
+    const S* k = factor;
+    Tile<F> scratch;
+    if (grad_kl.data && grad_kl.elementwise) k = load_span<F>(grad_kl.data, grad_kl.type, p.columns, span, 0, scratch);
+    with_scale(p.scale, [&]<int scale>() {
+      for (int i = 0; i < span.width; i += W) {
+        Spread<F> s = spread<scale>(load<F>(rho + i));
+        store<F>(sigma + i, s.sigma);
+        store<F>(d_sigma + i, s.d_sigma);
+        if (divergence == kAnalytic) {
+          PriorAt<F> at = prior.at(i);
+          store<F>(kl_mu + i, load<F>(k + i) * kl_by_location(load<F>(mu + i), at));
+          store<F>(kl_rho + i, load<F>(k + i) * kl_by_rho(s, at));
+        } else if (divergence == kSampled) {
+          store<F>(kl_mu + i, splat<F>(0));
+          store<F>(kl_rho + i, -(load<F>(k + i) * s.d_log_sigma));
+        }
+      }
+    });
+  }
+
+  // One draw: its noise and its weights.
+  void draw(const Span& span, int64_t sample, S* eps, S* weight) const {
+    noise.draw<F>(span, sample, [&](int i, F e) __attribute__((always_inline)) {
+      store<F>(eps + i, e);
+      store<F>(weight + i, fma_lane(load<F>(sigma.data + i), e, load<F>(mu + i)));
+    });
+  }
+
+  // by_mu = sum_s dW_s and by_sigma = sum_s dW_s eps_s, with the sampled KL's gradient by w added to dW.
+  void accumulate(const Span& span, int64_t sample, const S* grad_weight, const S* eps, const S* weight, S* by_mu,
+                  S* by_sigma) {
+    F share = splat<F>(S(1) / static_cast<S>(samples));
+    for (int i = 0; i < span.width; i += W) {
+      F g = grad_weight ? load<F>(grad_weight + i) : splat<F>(0);
+      if (divergence == kSampled)
+        g += load<F>(factor + i) * share * kl_by_location(load<F>(weight + i), prior.at(i));
+      F g_eps = g * load<F>(eps + i);
+      store<F>(by_mu + i, sample ? load<F>(by_mu + i) + g : g);
+      store<F>(by_sigma + i, sample ? load<F>(by_sigma + i) + g_eps : g_eps);
+    }
+  }
+
+  // Puts the gradients together and writes them. by_mu and by_sigma are null where only the KL has a gradient.
+  void finish(const Span& span, const S* by_mu, const S* by_sigma, void* grad_mu, void* grad_rho) {
+    Tile<F> mu_out, rho_out;
+    SpanOutput<F> d_mu(grad_mu, p.type, p.columns, span, mu_out), d_rho(grad_rho, p.type, p.columns, span, rho_out);
+    for (int i = 0; i < span.width; i += W) {
+      auto pruned = is_pruned(load<F>(rho + i));
+      F m = by_mu ? load<F>(by_mu + i) : splat<F>(0);
+      F r = by_sigma ? load<F>(by_sigma + i) * load<F>(d_sigma + i) : splat<F>(0);
+      if (divergence != kNone) {
+        m += load<F>(kl_mu + i);
+        r += load<F>(kl_rho + i);
+      }
+      store<F>(d_mu.target + i, select(pruned, splat<F>(0), m));
+      store<F>(d_rho.target + i, select(pruned, splat<F>(0), r));
+    }
+    d_mu.finish();
+    d_rho.finish();
+  }
+
+ private:
+  Tile<F> mu_scratch, rho_scratch, factor;
+};
+
+template <class F> inline void sample_backward(const SampleBackward& problem, int64_t task_begin, int64_t task_end) {
+  const Posterior& p = problem.posterior;
+  GradientSpan<F> gradient(p, problem.divergence, problem.samples, problem.grad_kl);
+  bool through_weights = problem.grad_weight || gradient.divergence == kSampled;
+  int64_t stride = p.rows * p.columns * size_of(problem.weight_type);
+  Tile<F> scratch, eps, weight, by_mu, by_sigma;
+  for (int64_t t = task_begin; t < task_end; ++t)
+    for_spans<F>(p, t, [&](const Span& span) {
+      gradient.move_to(span);
+      if (!through_weights) return gradient.finish(span, nullptr, nullptr, problem.grad_mu, problem.grad_rho);
+      for (int64_t s = 0; s < problem.samples; ++s) {
+        const ScalarOf<F>* grad_weight = nullptr;
+        if (problem.grad_weight)
+          grad_weight = load_span<F>(static_cast<const char*>(problem.grad_weight) + s * stride, problem.weight_type,
+                                     p.columns, span, 0, scratch);
+        gradient.draw(span, s, eps, weight);
+        gradient.accumulate(span, s, grad_weight, eps, weight, by_mu, by_sigma);
+      }
+      gradient.finish(span, by_mu, by_sigma, problem.grad_mu, problem.grad_rho);
+    });
+}
+
+BNN_FAST_END

@@ -1,0 +1,91 @@
+// What the formulas need of the type they run on. A "lane type" F is float or double (on the device, in tests), or
+// a SIMD vector of floats (cpu/lanes.h). Each formula in this folder is written once, as a template over F.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <math.h>
+
+#ifdef __CUDACC__
+#define BNN_FN __host__ __device__ __forceinline__
+#else
+#define BNN_FN inline __attribute__((always_inline))
+#endif
+
+#ifdef __CUDACC__
+#define BNN_UNROLL _Pragma("unroll")
+#else
+#define BNN_UNROLL _Pragma("GCC unroll 16")
+#endif
+
+// Every instruction set compiles these templates in a namespace of its own: the linker would otherwise merge
+// instantiations of the same name, and generic code would run AVX instructions.
+#ifndef BNN_FAST_ISA
+#define BNN_FAST_ISA scalar
+#endif
+#define BNN_FAST_BEGIN namespace bnn_fast { inline namespace BNN_FAST_ISA {
+#define BNN_FAST_END }}
+
+BNN_FAST_BEGIN
+
+// Scalar: the element. Int, UInt: 32-bit integers, one per lane (Philox words). Word: what Philox computes on.
+template <class F> struct Lane;
+
+template <> struct Lane<float> {
+  using Scalar = float;
+  using Int = int32_t;
+  using UInt = uint32_t;
+  using Word = uint32_t;
+  static constexpr int width = 1;
+};
+
+template <> struct Lane<double> {
+  using Scalar = double;
+  using Int = int32_t;
+  using UInt = uint32_t;
+  using Word = uint32_t;
+  static constexpr int width = 1;
+};
+
+template <class To, class From> BNN_FN To bit_cast(From x) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  memcpy(&to, &x, sizeof to);
+  return to;
+}
+
+// x in every lane.
+template <class F> BNN_FN F splat(typename Lane<F>::Scalar x) { return F{} + x; }
+
+BNN_FN float fma_lane(float a, float b, float c) { return fmaf(a, b, c); }
+BNN_FN double fma_lane(double a, double b, double c) { return fma(a, b, c); }
+
+BNN_FN float sqrt_lane(float x) { return sqrtf(x); }
+BNN_FN double sqrt_lane(double x) { return sqrt(x); }
+
+BNN_FN float abs_lane(float x) { return fabsf(x); }
+BNN_FN double abs_lane(double x) { return fabs(x); }
+
+BNN_FN float select(bool mask, float a, float b) { return mask ? a : b; }
+BNN_FN double select(bool mask, double a, double b) { return mask ? a : b; }
+
+// Rounds to nearest, as every conversion here does.
+template <class F> BNN_FN F to_floating(typename Lane<F>::Int i) { return static_cast<F>(i); }
+
+// High and low half of the 64-bit product a * m.
+BNN_FN void multiply_high_low(uint32_t a, uint32_t m, uint32_t& high, uint32_t& low) {
+  uint64_t product = static_cast<uint64_t>(a) * m;
+  high = static_cast<uint32_t>(product >> 32);
+  low = static_cast<uint32_t>(product);
+}
+
+BNN_FN uint32_t to_word(uint32_t x) { return x; }
+BNN_FN uint32_t from_word(uint32_t x) { return x; }
+
+// Lane l of a vector of counters stands for this counter; chosen so that transpose4 stays inside 128-bit blocks.
+template <class F> BNN_FN typename Lane<F>::UInt counter_iota() { return 0; }
+
+// e[k] holds column k of every lane's four; afterwards e[0], e[1], ... hold consecutive columns.
+template <class F> BNN_FN void transpose4(F (&)[4]) {}
+
+BNN_FAST_END

@@ -1,0 +1,115 @@
+// Standard normals from random words (Box and Muller, "A note on the generation of random normal deviates", 1958).
+//
+// With u(x) = (x + 1/2) 2^-32, r(x) = sqrt(-2 ln u(x)), the words x0..x3 of one Philox counter give
+//   r(x0) cos 2 pi u(x1),  r(x0) sin 2 pi u(x1),  r(x2) cos 2 pi u(x3),  r(x2) sin 2 pi u(x3).
+//
+// The words are reduced as integers, before anything is rounded: r is right in the relative sense where u is near 1, and
+// so are sine and cosine near their zeros.
+#pragma once
+
+#include "elementary.h"
+#include "philox.h"
+
+BNN_FAST_BEGIN
+
+// sqrt(-2 ln u(x)). In the upper half u = 1 - v with v = u(~x) small, and ln u = log1p(-v) keeps all its digits.
+template <class F> BNN_FN F radius(typename Lane<F>::UInt x) {
+  using Int = typename Lane<F>::Int;
+  Int word = bit_cast<Int>(x);
+  Int sign = word >> 31;
+  auto upper = word < 0;
+  F v = fma_lane(to_floating<F>(word ^ sign), splat<F>(0x1p-32f), splat<F>(0x1p-33f));
+  Int exponent;
+  F f = split_exponent(select(upper, 1.0f - v, v), exponent);
+  f = select(upper & (exponent == 0), -v, f);
+  F square = fma_lane(to_floating<F>(exponent), splat<F>(-1.38629436f), -2.0f * log1p_reduced(f));
+  return sqrt_lane(square);
+}
+template <> BNN_FN double radius<double>(uint32_t x) { return sqrt(-2.0 * log((x + 0.5) * 0x1p-32)); }
+
+// sine and cosine of t for |t| <= pi/4.
+template <class F> BNN_FN void sincos_reduced(F t, F& sine, F& cosine) {
+  F z = t * t;
+  F s = splat<F>(-0.000195169341f);
+  s = fma_lane(s, z, splat<F>(0.00833217520f));
+  s = fma_lane(s, z, splat<F>(-0.166666552f));
+  sine = fma_lane(s, z * t, t);
+  F c = splat<F>(2.44373332e-5f);
+  c = fma_lane(c, z, splat<F>(-0.00138873630f));
+  c = fma_lane(c, z, splat<F>(0.0416666456f));
+  cosine = fma_lane(c, z * z, fma_lane(z, splat<F>(-0.5f), splat<F>(1.0f)));
+}
+
+// Taylor series: at |t| <= pi/4 the first omitted terms are below 2^-60.
+BNN_FN void sincos_reduced(double t, double& sine, double& cosine) {
+  double z = t * t;
+  double s = -1.0 / 1307674368000.0;
+  s = fma(s, z, 1.0 / 6227020800.0);
+  s = fma(s, z, -1.0 / 39916800.0);
+  s = fma(s, z, 1.0 / 362880.0);
+  s = fma(s, z, -1.0 / 5040.0);
+  s = fma(s, z, 1.0 / 120.0);
+  s = fma(s, z, -1.0 / 6.0);
+  sine = fma(s, z * t, t);
+  double c = 1.0 / 20922789888000.0;
+  c = fma(c, z, -1.0 / 87178291200.0);
+  c = fma(c, z, 1.0 / 479001600.0);
+  c = fma(c, z, -1.0 / 3628800.0);
+  c = fma(c, z, 1.0 / 40320.0);
+  c = fma(c, z, -1.0 / 720.0);
+  c = fma(c, z, 1.0 / 24.0);
+  cosine = fma(c, z * z, fma(z, -0.5, 1.0));
+}
+
+BNN_FN float flip_sign(float x, uint32_t sign) { return bit_cast<float>(bit_cast<uint32_t>(x) ^ sign); }
+BNN_FN double flip_sign(double x, uint32_t sign) {
+  return bit_cast<double>(bit_cast<uint64_t>(x) ^ (static_cast<uint64_t>(sign) << 32));
+}
+
+// sin 2 pi u(x) and cos 2 pi u(x): the two top bits choose the quarter turn, the rest is an angle in [-pi/4, pi/4].
+template <class F> BNN_FN void circle(typename Lane<F>::UInt x, F& sine, F& cosine) {
+  using Scalar = typename Lane<F>::Scalar;
+  using Int = typename Lane<F>::Int;
+  using UInt = typename Lane<F>::UInt;
+  UInt quarter = (x + 0x20000000u) >> 30;
+  Int rest = bit_cast<Int>(x - (quarter << 30));
+  constexpr Scalar unit = static_cast<Scalar>(1.4629180792671596e-9);  // 2 pi 2^-32
+  F s, c;
+  sincos_reduced(fma_lane(to_floating<F>(rest), splat<F>(unit), splat<F>(unit / 2)), s, c);
+  auto odd = bit_cast<Int>(quarter << 31) < 0;
+  sine = flip_sign(select(odd, c, s), (quarter & 2u) << 30);
+  cosine = flip_sign(select(odd, s, c), ((quarter + 1u) & 2u) << 30);
+}
+
+// The four normals of one counter's words.
+template <class F, class UInt> BNN_FN void normal4(UInt x0, UInt x1, UInt x2, UInt x3, F (&normal)[4]) {
+  F sine, cosine;
+  F r = radius<F>(x0);
+  circle<F>(x1, sine, cosine);
+  normal[0] = r * cosine;
+  normal[1] = r * sine;
+  r = radius<F>(x2);
+  circle<F>(x3, sine, cosine);
+  normal[2] = r * cosine;
+  normal[3] = r * sine;
+}
+
+// Where a tensor's noise comes from: the part of the counter and key that all its elements share.
+struct Noise {
+  uint32_t seed_low, seed_high, stream;
+};
+
+// Normals of columns 4c .. 4c + 4 width - 1 of one row, in column order, c a multiple of width.
+template <class F> BNN_FN void draw_normals(Noise noise, uint32_t sample, uint32_t row, uint32_t c, F (&normal)[4]) {
+  using UInt = typename Lane<F>::UInt;
+  using Word = typename Lane<F>::Word;
+  Word x0 = to_word(counter_iota<F>() + c);
+  Word x1 = to_word(UInt{} + row);
+  Word x2 = to_word(UInt{} + sample);
+  Word x3 = to_word(UInt{} + noise.stream);
+  philox(x0, x1, x2, x3, noise.seed_low, noise.seed_high);
+  normal4<F>(from_word(x0), from_word(x1), from_word(x2), from_word(x3), normal);
+  transpose4<F>(normal);
+}
+
+BNN_FAST_END

@@ -1,0 +1,48 @@
+// The posterior's standard deviation sigma(rho), its logarithm and their derivatives, for the three meanings of rho:
+//
+//   softplus  sigma = log(1 + e^rho)    exp  sigma = e^rho    sqrt_exp  sigma = e^(rho/2)
+//
+// log sigma and d log sigma / d rho are computed directly: at rho = -120 sigma has underflowed, yet its logarithm is -120
+// and the derivative of that is 1. rho = -inf is a pruned weight: sigma = 0.
+#pragma once
+
+#include "elementary.h"
+
+BNN_FAST_BEGIN
+
+enum Scale : int { kSoftplus = 0, kExp = 1, kSqrtExp = 2 };
+
+// Unused members cost nothing: everything is inlined.
+template <class F> struct Spread {
+  F sigma, log_sigma, d_sigma, d_log_sigma;
+};
+
+template <int scale, class F> BNN_FN Spread<F> spread(F rho) {
+  using Scalar = typename Lane<F>::Scalar;
+  Spread<F> s;
+  if constexpr (scale == kSoftplus) {
+    // With t = e^-|rho| neither branch of log(1 + e^rho) = max(rho, 0) + log(1 + t) can overflow.
+    F zero = splat<F>(0), one = splat<F>(1);
+    F t = exp_lane(-abs_lane(rho));
+    s.sigma = select(rho > Scalar(0), rho, zero) + log1p_lane(t);
+    s.d_sigma = select(rho < Scalar(0), t, one) / (one + t);
+    // Far below zero log sigma = rho - t/2 + ..., and t/2 is less than half an ulp of rho.
+    auto tail = rho < Scalar(sizeof(Scalar) == 4 ? -16 : -37);
+    s.log_sigma = select(tail, rho, log_lane(s.sigma));
+    s.d_log_sigma = select(tail, one, s.d_sigma / s.sigma);
+  } else {
+    constexpr Scalar power = scale == kExp ? 1 : 0.5;
+    s.log_sigma = rho * power;
+    s.sigma = exp_lane(s.log_sigma);
+    s.d_sigma = s.sigma * power;
+    s.d_log_sigma = splat<F>(power);
+  }
+  return s;
+}
+
+// rho = -inf
+template <class F> BNN_FN auto is_pruned(F rho) {
+  return rho < -splat<F>(sizeof(typename Lane<F>::Scalar) == 4 ? 3.40282347e38 : 1.7976931348623157e308);
+}
+
+BNN_FAST_END

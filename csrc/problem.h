@@ -1,0 +1,129 @@
+// The plain structs that cross from the operators (ops.cpp, linear.cpp) to the kernels: shapes, strides, pointers. No torch here.
+#pragma once
+
+#include <cstdint>
+
+namespace bnn_fast {
+
+enum class Type : int32_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
+
+inline int64_t size_of(Type type) {
+  return type == Type::kFloat64 ? 8 : type == Type::kFloat32 ? 4 : 2;
+}
+
+// N(loc, scale^2). A tensor, where there is one, replaces the number.
+struct Prior {
+  double loc, scale;
+  const void* loc_tensor;    // [rows, columns] or null
+  const void* scale_tensor;  // [rows, columns] or null
+};
+
+// A Gaussian over a tensor seen as a contiguous [rows, columns], and where its noise is counted from.
+struct Posterior {
+  int64_t rows, columns;
+  Type type;         // of mu, rho and the prior's tensors
+  const void* mu;    // [rows, columns]
+  const void* rho;   // [rows, columns]
+  int scale;         // what rho means: enum Scale
+  Prior prior;
+  const int64_t* key;  // [2]: seed, first sample
+  uint32_t stream;
+  int64_t row_offset, column_offset;
+
+  // The rows [begin, begin + count) of this posterior, with the noise they have in it.
+  Posterior slice(int64_t begin, int64_t count) const {
+    auto advance = [&](const void* p) {
+      return p ? static_cast<const char*>(p) + begin * columns * size_of(type) : nullptr;
+    };
+    Posterior part = *this;
+    part.rows = count;
+    part.row_offset += begin;
+    part.mu = advance(mu);
+    part.rho = advance(rho);
+    part.prior.loc_tensor = advance(prior.loc_tensor);
+    part.prior.scale_tensor = advance(prior.scale_tensor);
+    return part;
+  }
+};
+
+// How a kernel over all elements is cut into tasks. It depends on the shape alone, never on the number of threads, so that
+// sums over tasks are the same for any number.
+struct Tasks {
+  static constexpr int64_t kElements = 4096;
+  int64_t rows_per_task, columns_per_task, across, count;
+
+  explicit Tasks(const Posterior& p) {
+    columns_per_task = kElements;
+    across = (p.columns + 3 + kElements - 1) / kElements;
+    rows_per_task = across > 1 ? 1 : kElements / (p.columns > 0 ? p.columns : 1);
+    if (rows_per_task < 1) rows_per_task = 1;
+    count = (p.rows + rows_per_task - 1) / rows_per_task * across;
+  }
+};
+
+// The gradient that reaches a KL divergence: one number, or one for each element.
+struct KlGradient {
+  const void* data;  // scalar or [rows, columns]; null where there is none
+  Type type;
+  bool elementwise;
+};
+
+struct SampleForward {
+  Posterior posterior;
+  int divergence;     // enum Divergence
+  int64_t samples;
+  void* weight;       // [samples, rows, columns], or null
+  Type weight_type;
+  double* kl;         // [tasks]: each task's part of the sum over elements and samples; null without a divergence
+};
+
+struct KlElements {
+  Posterior posterior;
+  void* kl;  // [rows, columns], the posterior's type: the analytic divergence of each element
+};
+
+struct SampleBackward {
+  Posterior posterior;
+  int divergence;
+  int64_t samples;
+  const void* grad_weight;  // [samples, rows, columns], or null
+  Type weight_type;
+  KlGradient grad_kl;
+  void* grad_mu;   // [rows, columns], the posterior's type
+  void* grad_rho;  // [rows, columns]
+};
+
+// Activations between the caller's layout and the kernels': [vectors][batch][lanes], where vector v holds the columns
+// v * lanes - shift onwards, zero outside, in the type that is computed in.
+struct Pack {
+  int64_t batch, columns, shift, vectors;
+  Type type;           // of rows
+  bool wide;           // computed in double
+  void* rows;          // [batch, columns]
+  void* packed;
+};
+
+struct LinearForward {
+  Posterior weight;   // rows: outputs, columns: inputs
+  int divergence;
+  int64_t samples, batch;  // batch: of one sample
+  const void* x;      // packed, batch = samples * batch
+  const void* bias;   // [samples, rows] in the type computed in, or null
+  void* y;            // [samples * batch, rows]
+  Type y_type;
+  double* kl;         // [tasks] or null
+};
+
+struct LinearBackward {
+  Posterior weight;
+  int divergence;
+  int64_t samples, batch;
+  const void* x;       // packed
+  const void* grad_y;  // [rows, samples * batch] in the type computed in
+  void* grad_x;        // packed, or null
+  KlGradient grad_kl;
+  void* grad_mu;
+  void* grad_rho;
+};
+
+}  // namespace bnn_fast

@@ -1,0 +1,146 @@
+// Between torch's tensors and the kernels' structs: checks, conversions, and the ATen operators that are called.
+// Written against the stable ABI alone (torch/csrc/stable).
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <array>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "problem.h"
+
+namespace bnn_fast {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+using Shape = std::vector<int64_t>;
+
+inline Shape shape_of(const Tensor& t) { return Shape(t.sizes().begin(), t.sizes().end()); }
+
+inline std::string describe(const Shape& shape) {
+  std::string text = "[";
+  for (size_t i = 0; i < shape.size(); ++i) text += (i ? ", " : "") + std::to_string(shape[i]);
+  return text + "]";
+}
+
+// Calls an ATen operator.
+template <class... Args> Tensor aten(const char* name, const char* overload, const Args&... args) {
+  std::array<StableIValue, sizeof...(Args)> stack{torch::stable::detail::from(args)...};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+inline Tensor empty_of(const Tensor& like, const Shape& shape, ScalarType dtype) {
+  return torch::stable::new_empty(like, shape, dtype);
+}
+inline Tensor reshaped(const Tensor& t, const Shape& shape) { return aten("aten::reshape", "", t, shape); }
+
+// The stable ABI passes Scalar arguments to few operators; subtract is one, add is not.
+inline Tensor add(const Tensor& a, const Tensor& b) { return torch::stable::subtract(a, b, -1.0); }
+
+// Detached, so that no operator called on it records a gradient.
+inline Tensor dense(const Tensor& t) {
+  Tensor plain = aten("aten::detach", "", t);
+  return plain.is_contiguous() ? plain : torch::stable::contiguous(plain);
+}
+
+inline Type type_of_tensor(const Tensor& t, const char* name) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return Type::kFloat32;
+    case ScalarType::Double: return Type::kFloat64;
+    case ScalarType::BFloat16: return Type::kBFloat16;
+    case ScalarType::Half: return Type::kFloat16;
+    default:
+      STD_TORCH_CHECK(false, name, " has dtype number ", static_cast<int>(t.scalar_type()),
+                      ", expected float32, float64, bfloat16 or float16");
+  }
+}
+
+// The type that a tensor's elements are computed in, and that its KL is returned in.
+inline ScalarType compute_type(ScalarType stored) {
+  return stored == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+inline void check_like(const Tensor& t, const char* name, const Tensor& like, const char* like_name) {
+  STD_TORCH_CHECK(shape_of(t) == shape_of(like), name, " has shape ", describe(shape_of(t)), ", expected that of ", like_name,
+                  ": ", describe(shape_of(like)));
+  STD_TORCH_CHECK(t.scalar_type() == like.scalar_type(), name, " and ", like_name, " have different dtypes");
+  STD_TORCH_CHECK(t.is_cpu() == like.is_cpu() && t.get_device_index() == like.get_device_index(), name, " and ", like_name,
+                  " are on different devices");
+}
+
+// Options as the operators take them; each number's meaning is in posterior.h and divergence.h.
+struct PriorArguments {
+  OptionalTensor loc_tensor, scale_tensor;
+  double loc, scale;
+};
+
+// A posterior with the contiguous tensors that its pointers look into.
+struct PosteriorTensors {
+  Tensor mu, rho;
+  OptionalTensor loc, scale;
+  Tensor key;
+  Posterior view;
+};
+
+// A tensor of any shape counts as [first dimension, everything else]; a vector as one row, like a bias.
+inline PosteriorTensors make_posterior(const Tensor& mu, const Tensor& rho, const OptionalTensor& key, const PriorArguments& prior,
+                                       int64_t scale, int64_t stream, int64_t row_offset, int64_t column_offset) {
+  check_like(rho, "rho", mu, "mu");
+  if (prior.loc_tensor) check_like(*prior.loc_tensor, "the prior's loc", mu, "mu");
+  if (prior.scale_tensor) check_like(*prior.scale_tensor, "the prior's scale", mu, "mu");
+  STD_TORCH_CHECK(scale >= 0 && scale <= 2, "scale is ", scale, ", expected 0 (softplus), 1 (exp) or 2 (sqrt_exp)");
+  STD_TORCH_CHECK(row_offset >= 0 && column_offset >= 0, "row_offset and column_offset are ", row_offset, " and ",
+                  column_offset, ", expected no negative number");
+  PosteriorTensors p{dense(mu), dense(rho), std::nullopt, std::nullopt, mu, {}};
+  if (prior.loc_tensor) p.loc = dense(*prior.loc_tensor);
+  if (prior.scale_tensor) p.scale = dense(*prior.scale_tensor);
+  int64_t rows = mu.dim() > 1 ? mu.size(0) : 1;
+  int64_t columns = 1;
+  for (int64_t d = mu.dim() > 1 ? 1 : 0; d < mu.dim(); ++d) columns *= mu.size(d);
+  STD_TORCH_CHECK(row_offset + rows <= int64_t(1) << 32 && column_offset + columns <= int64_t(1) << 34,
+                  "mu with its offsets has more rows or columns than the noise counter: 2^32 and 2^34");
+  const int64_t* key_data = nullptr;
+  if (key) {
+    STD_TORCH_CHECK(key->scalar_type() == ScalarType::Long && key->dim() == 1 && key->size(0) == 2,
+                    "key has shape ", describe(shape_of(*key)), ", expected an int64 tensor of shape [2]: (seed, first_sample)");
+    STD_TORCH_CHECK(key->is_cpu() == mu.is_cpu() && key->get_device_index() == mu.get_device_index(),
+                    "key and mu are on different devices");
+    p.key = dense(*key);
+    key_data = static_cast<const int64_t*>(p.key.const_data_ptr());
+  }
+  p.view = Posterior{rows,
+                     columns,
+                     type_of_tensor(mu, "mu"),
+                     p.mu.const_data_ptr(),
+                     p.rho.const_data_ptr(),
+                     static_cast<int>(scale),
+                     {prior.loc, prior.scale, p.loc ? p.loc->const_data_ptr() : nullptr, p.scale ? p.scale->const_data_ptr() : nullptr},
+                     key_data,
+                     static_cast<uint32_t>(stream),
+                     row_offset,
+                     column_offset};
+  return p;
+}
+
+inline void check_samples(int64_t samples) {
+  STD_TORCH_CHECK(samples >= 1, "n_samples is ", samples, ", expected at least 1");
+}
+
+inline void check_divergence(int64_t divergence) {
+  STD_TORCH_CHECK(divergence >= 0 && divergence <= 2, "kl is ", divergence, ", expected 0 (none), 1 (analytic) or 2 (sampled)");
+}
+
+// A KL gradient that has one element for each of mu's, or is one number; absent if the tensor is.
+inline KlGradient make_kl_gradient(const OptionalTensor& grad, bool elementwise) {
+  if (!grad) return {nullptr, Type::kFloat32, false};
+  return {grad->const_data_ptr(), type_of_tensor(*grad, "grad_kl"), elementwise};
+}
+
+}  // namespace bnn_fast
