@@ -27,13 +27,13 @@ template <class F> BNN_FN F split_exponent(F x, typename Lane<F>::Int& exponent)
   return bit_cast<F>(bits - (exponent << 23)) - 1.0f;
 }
 
-// log x for positive normal x.
+// log x for positive normal x; finite for infinite x (128 log 2 in float), so that a KL never becomes inf - inf.
 template <class F> BNN_FN F log_lane(F x) {
   typename Lane<F>::Int exponent;
   F f = split_exponent(x, exponent);
   return fma_lane(to_floating<F>(exponent), splat<F>(0.693147182f), log1p_reduced(f));
 }
-BNN_FN double log_lane(double x) { return log(x); }
+BNN_FN double log_lane(double x) { return log(x > 1.7976931348623157e308 ? 1.7976931348623157e308 : x); }
 
 // log(1 + t) for t in [0, 1], right in the relative sense down to the smallest t.
 template <class F> BNN_FN F log1p_lane(F t) {

@@ -12,6 +12,10 @@ BNN_FAST_BEGIN
 
 enum Scale : int { kSoftplus = 0, kExp = 1, kSqrtExp = 2 };
 
+template <class Scalar> BNN_FN constexpr Scalar largest() {
+  return static_cast<Scalar>(sizeof(Scalar) == 4 ? 3.40282347e38 : 1.7976931348623157e308);
+}
+
 // Unused members cost nothing: everything is inlined.
 template <class F> struct Spread {
   F sigma, log_sigma, d_sigma, d_log_sigma;
@@ -32,7 +36,9 @@ template <int scale, class F> BNN_FN Spread<F> spread(F rho) {
     s.d_log_sigma = select(tail, one, s.d_sigma / s.sigma);
   } else {
     constexpr Scalar power = scale == kExp ? 1 : 0.5;
-    s.log_sigma = rho * power;
+    // A finite logarithm, so that the KL of an infinite sigma is inf, not inf - inf.
+    F most = splat<F>(largest<Scalar>());
+    s.log_sigma = select(rho > most, most, rho) * power;
     s.sigma = exp_lane(s.log_sigma);
     s.d_sigma = s.sigma * power;
     s.d_log_sigma = splat<F>(power);
@@ -42,7 +48,7 @@ template <int scale, class F> BNN_FN Spread<F> spread(F rho) {
 
 // rho = -inf
 template <class F> BNN_FN auto is_pruned(F rho) {
-  return rho < -splat<F>(sizeof(typename Lane<F>::Scalar) == 4 ? 3.40282347e38 : 1.7976931348623157e308);
+  return rho < -splat<F>(largest<typename Lane<F>::Scalar>());
 }
 
 BNN_FAST_END

@@ -5,7 +5,7 @@
 //
 // Forward: a task owns kRowBlock outputs and walks all inputs, so each y is summed in one fixed order.
 // Backward: a task owns a block of inputs and walks all outputs: one pass over mu and rho draws the tile again, adds to
-// dx, forms the dW tile and writes dmu and drho; each dx is summed in output order.
+// dx, forms the dW tile and writes dmu and drho; each dx is summed in output order, kOutputsPerSum at a time.
 //
 // Activations are packed [vector of inputs][batch][lanes] (problem.h): the loops read them in order, and no two rows of
 // a batch fall on the same cache set.
@@ -19,13 +19,14 @@
 
 BNN_FAST_BEGIN
 
-// sums[b][r] += w[r] . x[b] over a span, for B batch rows at a time.
+// sums[b][r] += w[r] . x[b] over a span, for B batch rows at a time. The span is summed by itself first: one chain of
+// roundings over all inputs would err several times more.
 template <class F, int R, int B>
 BNN_FN void multiply_batch(const ScalarOf<F>* w, const ScalarOf<F>* x, int64_t stride, int vectors, F* sums) {
   constexpr int W = Lane<F>::width;
   F a[B][R];
   for (int b = 0; b < B; ++b)
-    for (int r = 0; r < R; ++r) a[b][r] = sums[b * R + r];
+    for (int r = 0; r < R; ++r) a[b][r] = splat<F>(0);
   for (int v = 0; v < vectors; ++v, x += stride * W) {
     F row[R];
     for (int r = 0; r < R; ++r) row[r] = load<F>(w + r * kTile + v * W);
@@ -35,7 +36,7 @@ BNN_FN void multiply_batch(const ScalarOf<F>* w, const ScalarOf<F>* x, int64_t s
     }
   }
   for (int b = 0; b < B; ++b)
-    for (int r = 0; r < R; ++r) sums[b * R + r] = a[b][r];
+    for (int r = 0; r < R; ++r) sums[b * R + r] += a[b][r];
 }
 
 // x points at the batch rows of one sample in the span's first vector; stride is the batch of all samples.
@@ -145,8 +146,10 @@ BNN_FN void outer_tile(const ScalarOf<F>* w, const ScalarOf<F>* g, const ScalarO
   }
 }
 
+// grad_x points at the first vector of the task's columns [begin, end), or is null.
 template <class F, int R>
-inline void backward_rows(const LinearBackward& problem, int64_t row, int64_t begin, int64_t end, GradientSpan<F>* gradient) {
+inline void backward_rows(const LinearBackward& problem, int64_t row, int64_t begin, int64_t end, ScalarOf<F>* grad_x,
+                          GradientSpan<F>* gradient) {
   using S = ScalarOf<F>;
   constexpr int W = Lane<F>::width;
   const Posterior& p = problem.weight;
@@ -162,9 +165,8 @@ inline void backward_rows(const LinearBackward& problem, int64_t row, int64_t be
     const S* g = static_cast<const S*>(problem.grad_y) + row * all + s * problem.batch;
     const S* x = static_cast<const S*>(problem.x) + begin * all + s * problem.batch * W;
     int vectors = spans[0].width / W;
-    if (problem.grad_x) {
-      S* grad_x = static_cast<S*>(problem.grad_x) + begin * all + s * problem.batch * W;
-      outer_tile<F, R, true>(weight, g, x, grad_x, all, problem.batch, vectors, grad_weight);
+    if (grad_x) {
+      outer_tile<F, R, true>(weight, g, x, grad_x + s * problem.batch * W, all, problem.batch, vectors, grad_weight);
     } else {
       outer_tile<F, R, false>(weight, g, x, nullptr, all, problem.batch, vectors, grad_weight);
     }
@@ -176,19 +178,28 @@ inline void backward_rows(const LinearBackward& problem, int64_t row, int64_t be
     gradient[r].finish(spans[r], by_mu + r * kTile, by_sigma + r * kTile, problem.grad_mu, problem.grad_rho);
 }
 
+constexpr int64_t kOutputsPerSum = 128;
+
 template <class F> inline void linear_backward(const LinearBackward& problem, int64_t task_begin, int64_t task_end) {
   using S = ScalarOf<F>;
   const Posterior& p = problem.weight;
   int64_t padded = padded_columns<F>(p), block = column_block(p.columns), all = problem.samples * problem.batch;
   auto gradient = [&] { return GradientSpan<F>(p, problem.divergence, problem.samples, problem.grad_kl); };
   GradientSpan<F> gradients[kRowBlock] = {gradient(), gradient(), gradient(), gradient()};
+  auto partial = aligned_array<S>(problem.grad_x ? block * all : 0);
   for (int64_t t = task_begin; t < task_end; ++t) {
     int64_t begin = t * block, end = begin + block < padded ? begin + block : padded;
-    if (problem.grad_x)
-      memset(static_cast<S*>(problem.grad_x) + begin * all, 0, static_cast<size_t>((end - begin) * all) * sizeof(S));
-    int64_t row = 0;
-    for (; row + kRowBlock <= p.rows; row += kRowBlock) backward_rows<F, kRowBlock>(problem, row, begin, end, gradients);
-    for (; row < p.rows; ++row) backward_rows<F, 1>(problem, row, begin, end, gradients);
+    int64_t size = problem.grad_x ? (end - begin) * all : 0;
+    S* total = problem.grad_x ? static_cast<S*>(problem.grad_x) + begin * all : nullptr;
+    S* part = problem.grad_x ? partial.get() : nullptr;
+    for (int64_t i = 0; i < size; ++i) total[i] = 0;
+    for (int64_t row = 0; row < p.rows;) {
+      int64_t stop = row + kOutputsPerSum < p.rows ? row + kOutputsPerSum : p.rows;
+      for (int64_t i = 0; i < size; ++i) part[i] = 0;
+      for (; row + kRowBlock <= stop; row += kRowBlock) backward_rows<F, kRowBlock>(problem, row, begin, end, part, gradients);
+      for (; row < stop; ++row) backward_rows<F, 1>(problem, row, begin, end, part, gradients);
+      for (int64_t i = 0; i < size; ++i) total[i] += part[i];
+    }
   }
 }
 
