@@ -206,7 +206,10 @@ void fused_backward(const LinearArguments& a, const Tensor& x, const Tensor& gra
                          grads.weight_rho.mutable_data_ptr()};
   int64_t block = column_block(p.columns), padded = packed.problem.vectors * packed.data.size(2);
   run(cpu_kernels().linear_backward, problem, (padded + block - 1) / block, block * p.rows);
-  if (back) back->write_to(grads.x);
+  if (back) {
+    grads.x = empty_of(x, shape_of(x), x.scalar_type());
+    back->write_to(grads.x);
+  }
   grad_bias = empty_of(x, {a.samples, p.rows}, type);
   auto sum = type == ScalarType::Double ? sum_rows<double> : sum_rows<float>;
   sum(by_output, a.samples, batch, p.rows, grad_bias.mutable_data_ptr());
@@ -221,8 +224,10 @@ void drawn_backward(const LinearArguments& a, const Tensor& x, const Tensor& gra
   // With one sample the weights, then their gradient, can stand where the gradient of rho will be.
   Tensor buffer = a.samples == 1 && type == p.type ? reshaped(grads.weight_rho, {1, p.rows, p.columns})
                                                    : empty_large(x, {a.samples, rows, p.columns}, x.scalar_type());
-  if (need_x && p.rows == 0) torch::stable::zero_(grads.x);
-  Tensor grad_x = grads.x;
+  if (need_x && p.rows == 0) {
+    grads.x = empty_of(x, shape_of(x), x.scalar_type());
+    torch::stable::zero_(grads.x);
+  }
   for (int64_t r = 0; r < p.rows; r += rows) {
     int64_t count = r + rows < p.rows ? rows : p.rows - r;
     Posterior part = p.slice(r, count);
@@ -231,7 +236,7 @@ void drawn_backward(const LinearArguments& a, const Tensor& x, const Tensor& gra
     if (need_x) {
       sample(part, kNone, a.samples, weight.mutable_data_ptr(), type);
       Tensor products = aten("aten::bmm", "", columns, weight);
-      grad_x = r ? add(grad_x, products) : products;
+      grads.x = r ? add(grads.x, products) : products;
     }
     aten("aten::bmm", "out", torch::stable::transpose(columns, 1, 2), inputs, weight);
     int64_t offset = r * p.columns * size_of(p.type);
@@ -240,7 +245,7 @@ void drawn_backward(const LinearArguments& a, const Tensor& x, const Tensor& gra
                              static_cast<char*>(grads.weight_mu.mutable_data_ptr()) + offset,
                              static_cast<char*>(grads.weight_rho.mutable_data_ptr()) + offset});
   }
-  if (need_x) grads.x = reshaped(grad_x, shape_of(grads.x));
+  if (need_x) grads.x = reshaped(grads.x, shape_of(x));
   grad_bias = torch::stable::sum(outputs, Shape{1});
 }
 
@@ -266,7 +271,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> variational_linear_backward(
     shape.back() = a.outputs();
     STD_TORCH_CHECK(shape_of(*grad_y) == shape && grad_y->scalar_type() == x->scalar_type(), "grad_y has shape ",
                     describe(shape_of(*grad_y)), ", expected ", describe(shape), " and x's dtype");
-    if (need_grad_x) grads.x = like(*x);
     auto backward = use_fused(batch) ? fused_backward : drawn_backward;
     backward(a, dense(*x), dense(*grad_y), k, need_grad_x, batch, grads, grad_bias);
   } else {
