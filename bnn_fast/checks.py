@@ -1,0 +1,115 @@
+"""Checks of what callers give. Each raises before anything runs, naming the argument, what was given and
+expected.
+
+They run at every call of an operator, so they compare attributes only and never read a tensor's values.
+"""
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+SCALES = {"softplus": 0, "exp": 1, "sqrt_exp": 2}
+KLS = {None: 0, "analytic": 1, "sampled": 2}
+REDUCTIONS = {"sum": 0, "mean": 1, "none": 2}
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_HALVES = (torch.bfloat16, torch.float16)
+
+
+def describe(value) -> str:
+    if isinstance(value, Tensor):
+        return f"a {str(value.dtype).removeprefix('torch.')} tensor {list(value.shape)} on {value.device}"
+    return f"{type(value).__name__} {value!r}"
+
+
+def choice(name: str, value, choices: dict) -> int:
+    """The code of an option; ValueError listing the choices if there is no such option."""
+    try:
+        return choices[value]
+    except (KeyError, TypeError):
+        known = ", ".join(map(repr, choices))
+        raise ValueError(f"{name}: expected one of {known}, given {value!r}") from None
+
+
+def positive_int(name: str, value) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name}: expected an integer, given {describe(value)}")
+    if value < 1:
+        raise ValueError(f"{name}: expected at least 1, given {value}")
+    return value
+
+
+def linear_input(x: Tensor, weight_mu: Tensor, n_samples: int) -> None:
+    """x [..., in] against weight_mu [out, in]; dimension 0 of x holds n_samples equal parts."""
+    shape = x.shape
+    if not shape or shape[-1] != weight_mu.shape[1]:
+        raise ValueError(f"x: expected a last dimension of {weight_mu.shape[1]} (in_features), "
+                         f"given {describe(x)}")
+    if x.dtype != weight_mu.dtype and not (x.dtype in _HALVES and weight_mu.dtype == torch.float32):
+        raise TypeError(f"x: expected {weight_mu.dtype} as the parameters have, given {describe(x)}")
+    if x.device != weight_mu.device:
+        raise ValueError(f"x: expected to be on {weight_mu.device} as the parameters are, "
+                         f"given {describe(x)}")
+    if n_samples != 1 and (len(shape) < 2 or shape[0] % n_samples):
+        raise ValueError(f"x: expected dimension 0 to be the batch repeated n_samples={n_samples} times, "
+                         f"given {describe(x)}; see mc_forward")
+
+
+def parameter_pair(name: str, mu: Tensor, rho: Tensor, prior, prior_name: str = "prior") -> None:
+    """mu and rho alike in shape, dtype and device, and the prior's tensors like them."""
+    if not isinstance(mu, Tensor) or mu.dtype not in _DTYPES:
+        raise TypeError(f"{name}mu: expected a float32, float64, bfloat16 or float16 tensor, "
+                        f"given {describe(mu)}")
+    _alike(f"{name}rho", rho, f"{name}mu", mu)
+    _alike(f"{prior_name}.loc", prior.loc, f"{name}mu", mu, number=True)
+    _alike(f"{prior_name}.scale", prior.scale, f"{name}mu", mu, number=True)
+
+
+def weight(weight_mu: Tensor, bias_mu: Tensor | None, bias_rho: Tensor | None) -> None:
+    if weight_mu.dim() != 2:
+        raise ValueError(f"weight_mu: expected [out, in], given {describe(weight_mu)}")
+    if (bias_mu is None) != (bias_rho is None):
+        missing = "bias_mu" if bias_mu is None else "bias_rho"
+        raise ValueError(f"{missing}: expected bias_mu and bias_rho together or neither, given None")
+    if bias_mu is not None:
+        if bias_mu.shape != weight_mu.shape[:1]:
+            raise ValueError(f"bias_mu: expected [{weight_mu.shape[0]}] (out_features), "
+                             f"given {describe(bias_mu)}")
+        if bias_mu.dtype != weight_mu.dtype:
+            raise TypeError(f"bias_mu: expected {weight_mu.dtype} as weight_mu has, "
+                            f"given {describe(bias_mu)}")
+        if bias_mu.device != weight_mu.device:
+            raise ValueError(f"bias_mu: expected to be on {weight_mu.device}, given {describe(bias_mu)}")
+
+
+def key(value: Tensor, mu: Tensor) -> None:
+    if not isinstance(value, Tensor) or value.dtype != torch.int64:
+        raise TypeError(f"key: expected an int64 tensor [2] (seed, first sample), given {describe(value)}")
+    if value.shape != (2,):
+        raise ValueError(f"key: expected shape [2] (seed, first sample), given {describe(value)}")
+    if value.device != mu.device:
+        raise ValueError(f"key: expected to be on {mu.device} as the parameters are, given {describe(value)}")
+
+
+def check_parameters(model: torch.nn.Module) -> None:
+    """Raise ValueError naming the first parameter of `model` that holds a NaN. Reads all of them, so not for
+    every step.
+    """
+    for name, parameter in model.named_parameters():
+        nans = int(parameter.isnan().sum())
+        if nans:
+            raise ValueError(f"{name}: expected numbers, given {nans} NaN among {parameter.numel()} elements")
+
+
+def _alike(name: str, value, other_name: str, other: Tensor, number: bool = False) -> None:
+    if not isinstance(value, Tensor):
+        if number:
+            return
+        raise TypeError(f"{name}: expected a tensor like {other_name}, given {describe(value)}")
+    if value.shape != other.shape:
+        raise ValueError(f"{name}: expected shape {list(other.shape)} as {other_name} has, "
+                         f"given {describe(value)}")
+    if value.dtype != other.dtype:
+        raise TypeError(f"{name}: expected {other.dtype} as {other_name} has, given {describe(value)}")
+    if value.device != other.device:
+        raise ValueError(f"{name}: expected to be on {other.device} as {other_name} is, "
+                         f"given {describe(value)}")

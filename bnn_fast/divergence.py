@@ -1,0 +1,130 @@
+"""The KL divergence of a model's posterior to its prior."""
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from . import autograd, checks, functional, ops, reference
+from .layers.base import Pair, VariationalLayer
+from .sampling import named_layers
+from .state import Record
+
+
+def kl_divergence(model: nn.Module, reduction: str = "sum") -> Tensor | dict[str, Tensor]:
+    """KL(q || p) of all the variational layers of `model`, at their parameters as they are now, with its
+    gradient.
+
+    Args:
+        reduction: "sum"; "mean", the sum divided by the number of weights, a (mu, rho) pair counting once and
+            pruned ones (rho = -inf) not at all; "none", a dictionary of elementwise tensors under the
+            parameters' qualified names without "_mu" ("0.weight", "0.bias").
+
+    Parameters that layers share count once. A model without variational layers gives 0.
+
+    If a layer's latest call with gradients on was made with these very parameters, its KL was computed there
+    and is handed over; otherwise it is computed now. Parameters count as unchanged while their storage and
+    version are the same: writes through `.data` in place cannot be seen. Reading does not use the value up,
+    and `nll.backward()` and `kl.backward()` work in either order as well as `(nll + kl).backward()`.
+
+    A layer with kl="sampled" gives log q(w) - log p(w) at the weights of its latest call made with gradients
+    on (the mean over its draws), where no recomputation under activation checkpointing counts; if there is
+    none for the parameters as they are, at weights drawn now. Under torch.func nothing is handed over.
+    """
+    checks.choice("reduction", reduction, checks.REDUCTIONS)
+    owned = _owned(model)
+    if reduction == "none":
+        return {f"{name}.{pair.name}" if name else pair.name: value for name, layer, new in owned
+                for pair, value in zip(_pairs(layer, new), _elementwise(layer, new))}
+    calls, values = [], []
+    for _, layer, new in owned:
+        for item in _layer_kl(layer, new):
+            (calls if isinstance(item, autograd.Call) else values).append(item)
+    if calls:
+        values.insert(0, autograd.read(calls))
+    if not values:
+        return _zero(model)
+    total = values[0]
+    for value in values[1:]:
+        total = total + value.to(total.device)
+    if reduction == "mean":
+        rhos = [pair.rho for _, layer, new in owned for pair in _pairs(layer, new)]
+        counts = [functional.alive(rho).to(total.device) for rho in rhos]
+        total = total / sum(counts).clamp(min=1)
+    return total
+
+
+def _owned(model: nn.Module) -> list[tuple[str, VariationalLayer, list[int] | None]]:
+    """(name, layer, which of its pairs no layer before it has; None for all)."""
+    seen, owned = set(), []
+    for name, layer in named_layers(model):
+        tensors = layer.tensors()
+        pairs = [(id(mu), id(rho)) for mu, rho in zip(tensors[::2], tensors[1::2]) if mu is not None]
+        new = [i for i, pair in enumerate(pairs) if pair not in seen]
+        seen.update(pairs)
+        if new:
+            owned.append((name, layer, None if len(new) == len(pairs) else new))
+    return owned
+
+
+def _pairs(layer: VariationalLayer, which: list[int] | None) -> list[Pair]:
+    pairs = layer.pairs()
+    return pairs if which is None else [pairs[i] for i in which]
+
+
+def _layer_kl(layer: VariationalLayer, which: list[int] | None) -> list:
+    """The KL of these pairs of the layer: calls to be read, or tensors."""
+    record = layer.recorded()
+    if record is not None and record.kl is not None and which is None:
+        kl = record.kl
+        if not torch.compiler.is_compiling():
+            if isinstance(kl, autograd.Call):
+                return [kl]
+        elif kl.requires_grad or not any(p is not None and p.requires_grad for p in record.parameters):
+            record.kl = None  # a later region must not take it for its own
+            return [kl]
+    if layer.kl == "analytic":
+        return [_analytic(pair, layer.scale) for pair in _pairs(layer, which)]
+    key, n_samples = _key(layer, record)
+    return [_sampled(pair, layer.scale, key, n_samples) for pair in _pairs(layer, which)]
+
+
+def _key(layer: VariationalLayer, record: Record | None) -> tuple[Tensor, int]:
+    if record is not None:
+        return record.key, record.n_samples
+    mode = layer._state.mode
+    return layer._key(mode, layer.device), mode.n_samples
+
+
+def _analytic(pair: Pair, scale: str) -> autograd.Call | Tensor:
+    if autograd.transformed() or not ops.HAS_EXTENSION:
+        return functional.kl_normal(pair.mu, pair.rho, prior=pair.prior, scale=scale)
+    prior = functional.prior_arguments(pair.prior)
+    return autograd.kl_call((pair.mu, pair.rho, *prior, checks.SCALES[scale], True))
+
+
+def _sampled(pair: Pair, scale: str, key: Tensor, n_samples: int) -> Tensor:
+    return functional.sample_normal(pair.mu, pair.rho, key, prior=pair.prior, scale=scale, kl="sampled",
+                                    n_samples=n_samples, stream=pair.stream)[1]
+
+
+def _elementwise(layer: VariationalLayer, which: list[int] | None) -> list[Tensor]:
+    pairs = _pairs(layer, which)
+    if layer.kl == "analytic":
+        return [functional.kl_normal(pair.mu, pair.rho, prior=pair.prior, scale=layer.scale, reduction="none")
+                for pair in pairs]
+    key, n_samples = _key(layer, layer.recorded())
+    return [_sampled_elements(pair, layer.scale, key, n_samples) for pair in pairs]
+
+
+def _sampled_elements(pair: Pair, scale: str, key: Tensor, n_samples: int) -> Tensor:
+    posterior = reference._Posterior(pair.mu, pair.rho, scale)
+    rows = pair.mu.shape[0] if pair.mu.dim() > 1 else 1
+    eps = reference.standard_normal(key, n_samples, rows, pair.mu.numel() // max(rows, 1), stream=pair.stream,
+                                    dtype=posterior.mu.dtype).reshape(n_samples, *pair.mu.shape)
+    drawn = posterior.mu + posterior.sigma * eps
+    return posterior.sampled_kl(pair.prior, drawn, eps).mean(0).to(pair.mu.dtype)
+
+
+def _zero(model: nn.Module) -> Tensor:
+    parameter = next(model.parameters(), None)
+    return torch.zeros((), device=None if parameter is None else parameter.device)

@@ -1,0 +1,171 @@
+"""The operators as functions. `bnn_fast.reference` has the same names and signatures in plain PyTorch.
+
+A key is an int64 tensor [2], (seed, first sample), on the parameters' device; the same key gives the same
+noise. A prior's tensors get no gradient. The KL is a scalar in float32 (float64 for float64 parameters).
+Where rho is -inf the weight is pruned: it is mu, its KL is 0 and so are its gradients. 16-bit parameters are
+computed in float32 and rounded once.
+"""
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import autograd, checks, ops, reference
+from .priors import Normal
+
+__all__ = ["variational_linear", "sample_normal", "kl_normal"]
+
+
+def variational_linear(
+        x: Tensor, weight_mu: Tensor, weight_rho: Tensor, bias_mu: Tensor | None, bias_rho: Tensor | None,
+        key: Tensor, *, prior: Normal = Normal(0.0, 1.0), bias_prior: Normal | None = None,
+        scale: str = "softplus", kl: str | None = "analytic", n_samples: int = 1, row_offset: int = 0,
+        column_offset: int = 0) -> tuple[Tensor, Tensor | None]:
+    """x W^T + b with W ~ N(weight_mu, sigma(weight_rho)^2), b likewise, and the KL divergence to the prior.
+
+    One draw of W and b is shared by the batch (Blundell et al., "Weight Uncertainty in Neural Networks",
+    2015).
+
+    Args:
+        x: [..., in]; with n_samples > 1 dimension 0 is the batch repeated, [n_samples * B, ..., in],
+            sample-major. The parameters' dtype, or bfloat16 or float16 where they are float32.
+        weight_mu, weight_rho: [out, in].
+        bias_mu, bias_rho: [out], or None.
+        key: int64 [2], (seed, first sample): draw s has the noise of sample first + s.
+        prior, bias_prior: a prior's tensors have the parameter's shape. bias_prior is prior by default, and
+            has to be given where that holds tensors.
+        scale: "softplus", "exp" or "sqrt_exp": what rho means.
+        kl: "analytic", "sampled" (log q(w) - log p(w), mean over the draws), or None, for no KL.
+        row_offset, column_offset: where this weight begins in a larger one, for the noise.
+
+    Returns:
+        y [..., out] in x's dtype (the autocast dtype under autocast), and the KL or None.
+
+    Raises ValueError or TypeError naming the argument, what was given and what was expected.
+    """
+    scale_code, kl_code = checks.choice("scale", scale, checks.SCALES), checks.choice("kl", kl, checks.KLS)
+    checks.positive_int("n_samples", n_samples)
+    bias_prior = default_bias_prior(prior, bias_prior, bias_mu is not None)
+    checks.parameter_pair("weight_", weight_mu, weight_rho, prior)
+    checks.weight(weight_mu, bias_mu, bias_rho)
+    if bias_mu is not None:
+        checks.parameter_pair("bias_", bias_mu, bias_rho, bias_prior, "bias_prior")
+    checks.key(key, weight_mu)
+    x = autocast(x)
+    checks.linear_input(x, weight_mu, n_samples)
+    if not ops.HAS_EXTENSION:
+        return plain_linear(
+            x, weight_mu, weight_rho, bias_mu, bias_rho, key, prior=prior, bias_prior=bias_prior, scale=scale,
+            kl=kl, n_samples=n_samples, row_offset=row_offset, column_offset=column_offset)
+    weight_loc, weight_sd, loc, sd = prior_arguments(prior)
+    bias_loc, bias_sd, bias_loc_number, bias_sd_number = prior_arguments(bias_prior)
+    return _differentiable(autograd.LINEAR, x, (
+        weight_mu, weight_rho, bias_mu, bias_rho, key, weight_loc, weight_sd, bias_loc, bias_sd, loc, sd,
+        bias_loc_number, bias_sd_number, scale_code, kl_code, n_samples, row_offset, column_offset), kl)
+
+
+def sample_normal(
+        mu: Tensor, rho: Tensor, key: Tensor, *, prior: Normal = Normal(0.0, 1.0), scale: str = "softplus",
+        kl: str | None = "analytic", n_samples: int | None = None, stream: int = 0, row_offset: int = 0,
+        column_offset: int = 0) -> tuple[Tensor, Tensor | None]:
+    """Draws w ~ N(mu, sigma(rho)^2) and the KL divergence to the prior; arguments as in `variational_linear`.
+
+    mu and rho have any shape; more than two dimensions count as [rows, everything else], one as a single row.
+    stream: 0 is a weight's noise, 1 a bias's. Returns w, of mu's shape, or [n_samples, *mu.shape] if
+    n_samples is given, and the KL or None.
+    """
+    scale_code, kl_code = checks.choice("scale", scale, checks.SCALES), checks.choice("kl", kl, checks.KLS)
+    samples = 1 if n_samples is None else checks.positive_int("n_samples", n_samples)
+    require_normal("prior", prior)
+    checks.parameter_pair("", mu, rho, prior)
+    checks.key(key, mu)
+    if not ops.HAS_EXTENSION:
+        return reference.sample_normal(
+            mu, rho, key, prior=prior, scale=scale, kl=kl, n_samples=n_samples, stream=stream,
+            row_offset=row_offset, column_offset=column_offset)
+    prior_loc, prior_sd, loc, sd = prior_arguments(prior)
+    arguments = (mu, rho, key, prior_loc, prior_sd, loc, sd, scale_code, kl_code, samples, stream, row_offset,
+                 column_offset)
+    w, kl = _differentiable(autograd.SAMPLE, None, arguments, kl)
+    return (w.squeeze(0) if n_samples is None else w), kl
+
+
+def kl_normal(mu: Tensor, rho: Tensor, *, prior: Normal = Normal(0.0, 1.0), scale: str = "softplus",
+              reduction: str = "sum") -> Tensor:
+    """KL(N(mu, sigma^2) || N(m, t^2)) = log(t / sigma) + (sigma^2 + (mu - m)^2) / (2 t^2) - 1/2.
+
+    The prior is N(m, t^2).
+
+    reduction: "sum", "mean" (over the weights that are not pruned), or "none" (elementwise, in mu's shape and
+    dtype).
+    """
+    scale_code = checks.choice("scale", scale, checks.SCALES)
+    checks.choice("reduction", reduction, checks.REDUCTIONS)
+    require_normal("prior", prior)
+    checks.parameter_pair("", mu, rho, prior)
+    if not ops.HAS_EXTENSION:
+        return reference.kl_normal(mu, rho, prior=prior, scale=scale, reduction=reduction)
+    arguments = (mu, rho, *prior_arguments(prior), scale_code, reduction != "none")
+    if autograd.transformed():
+        kl = autograd.KL.apply(*arguments)
+    else:
+        kl = autograd.read([autograd.kl_call(arguments)])
+    return kl / alive(rho).clamp(min=1) if reduction == "mean" else kl
+
+
+def plain_linear(x: Tensor, *arguments, **options) -> tuple[Tensor, Tensor | None]:
+    """The reference, without autocast, which would have it compute in x's type what belongs in float32."""
+    device = x.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return reference.variational_linear(x, *arguments, **options)
+    with torch.autocast(device, enabled=False):
+        return reference.variational_linear(x, *arguments, **options)
+
+
+def alive(rho: Tensor) -> Tensor:
+    """How many weights are not pruned, 0-d."""
+    return (rho != -torch.inf).sum()
+
+
+def prior_arguments(prior: Normal) -> tuple[Tensor | None, Tensor | None, float, float]:
+    """(loc, scale as tensors or None, loc, scale as numbers) as the raw operators take a prior."""
+    loc, scale = prior.loc, prior.scale
+    loc_is_tensor, scale_is_tensor = isinstance(loc, Tensor), isinstance(scale, Tensor)
+    return (loc if loc_is_tensor else None, scale if scale_is_tensor else None,
+            0.0 if loc_is_tensor else loc, 1.0 if scale_is_tensor else scale)
+
+
+def default_bias_prior(prior: Normal, bias_prior: Normal | None, bias: bool) -> Normal:
+    """The weight's prior unless another is given, as it has to be where the weight's holds tensors."""
+    require_normal("prior", prior)
+    if bias_prior is not None:
+        return require_normal("bias_prior", bias_prior)
+    if not prior.has_tensors:
+        return prior
+    if bias:
+        raise ValueError("bias_prior: expected a prior for the bias, as the weight's holds tensors, "
+                         "given None")
+    return Normal(0.0, 1.0)
+
+
+def require_normal(name: str, prior) -> Normal:
+    if not isinstance(prior, Normal):
+        raise TypeError(f"{name}: expected a Normal, given {checks.describe(prior)}")
+    return prior
+
+
+def autocast(x: Tensor) -> Tensor:
+    """x as autocast would have it. The parameters stay as they are, and so do noise and KL."""
+    if torch._C._is_any_autocast_enabled() and x.dtype in (torch.float32, torch.bfloat16, torch.float16):
+        device = x.device.type
+        if device != "meta" and torch.is_autocast_enabled(device):
+            return x.to(torch.get_autocast_dtype(device))
+    return x
+
+
+def _differentiable(operator, x: Tensor | None, arguments: tuple, kl: str | None):
+    if autograd.transformed():
+        y, value = operator.apply(*(() if x is None else (x,)), *arguments)
+        return y, value if kl is not None else None
+    y, call = autograd.draw(operator, x, arguments)
+    return y, autograd.read([call]) if kl is not None else None

@@ -1,0 +1,3 @@
+from .variational_linear import VariationalLinear
+
+__all__ = ["VariationalLinear"]

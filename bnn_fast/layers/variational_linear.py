@@ -1,0 +1,173 @@
+"""The variational counterpart of nn.Linear."""
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import autograd, checks, functional, initialisation, ops, reference
+from ..priors import Normal
+from .base import Pair, VariationalLayer
+
+
+class VariationalLinear(VariationalLayer):
+    """y = x W^T + b with W ~ N(weight_mu, sigma(weight_rho)^2), b ~ N(bias_mu, sigma(bias_rho)^2).
+
+    Every call draws the weights anew, one draw shared by the batch, in training and in evaluation alike;
+    `sampling` and `freeze` change that. The KL divergence to the prior is read with `kl_divergence`.
+
+    Args:
+        in_features, out_features: as in nn.Linear.
+        bias: whether there is a bias.
+        prior: Normal, of numbers or tensors [out, in]; the tensors become buffers.
+        bias_prior: Normal, of numbers or tensors [out]; `prior` where that is made of numbers.
+        scale: what rho means: "softplus" sigma = log(1 + e^rho), "exp" e^rho, "sqrt_exp" e^(rho/2).
+        kl: "analytic", or "sampled": log q(w) - log p(w) at the drawn weights.
+        init: a named initialisation, see `bnn_fast.initialisation`.
+
+    Shapes: x [..., in] -> y [..., out]. Parameters weight_mu, weight_rho [out, in], bias_mu, bias_rho [out]
+    or None. Under autocast x and y have the autocast dtype; the parameters and the KL keep theirs.
+
+    Raises ValueError or TypeError where an option is unknown, a prior's tensor or x has the wrong shape,
+    dtype or device, or, under `sampling`, the batch is not divisible by n_samples.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, *,
+                 prior: Normal = Normal(0.0, 1.0), bias_prior: Normal | None = None, scale: str = "softplus",
+                 kl: str = "analytic", init: str = "default", device=None, dtype=None):
+        super().__init__()
+        checks.choice("scale", scale, checks.SCALES)
+        checks.choice("kl", kl, {k: v for k, v in checks.KLS.items() if k is not None})
+        checks.choice("init", init, initialisation.INITIALISATIONS)
+        self.in_features, self.out_features = in_features, out_features
+        self.scale, self.kl, self.init = scale, kl, init
+        new = {"device": device, "dtype": dtype}
+        for name, shape in (("weight", (out_features, in_features)), ("bias", (out_features,))):
+            for kind in ("mu", "rho"):
+                present = bias or name == "weight"
+                self.register_parameter(f"{name}_{kind}",
+                                        nn.Parameter(torch.empty(shape, **new)) if present else None)
+        bias_prior = functional.default_bias_prior(prior, bias_prior, bias)
+        # loc and scale of the weight's prior and of the bias's, where they are numbers
+        self._numbers = (*self._register_prior("prior", prior, self.weight_mu),
+                         *self._register_prior("bias_prior", bias_prior, self.bias_mu))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the parameters again as `init` says."""
+        initialisation.initialise(self.init, self.pairs(), self.in_features, self.scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        compiling = torch.compiler.is_compiling()
+        functorch = not compiling and torch._C._are_functorch_transforms_active()
+        mode, recomputed = self._mode(compiling)
+        weight_mu, weight_rho, bias_mu, bias_rho = parameters = self.tensors()
+        if mode.mean:
+            return F.linear(x, weight_mu, bias_mu)
+        key = self._key(mode, weight_mu.device)
+        x = functional.autocast(x)
+        checks.linear_input(x, weight_mu, mode.n_samples)
+        gradients = torch.is_grad_enabled()
+        with_kl = gradients and not recomputed and not functorch
+        if not ops.HAS_EXTENSION:
+            y, kl = functional.plain_linear(x, *parameters, key, prior=self.prior, bias_prior=self.bias_prior,
+                                            scale=self.scale, kl=None, n_samples=mode.n_samples)
+        else:
+            buffers = self._buffers
+            arguments = (
+                weight_mu, weight_rho, bias_mu, bias_rho, key, buffers["prior_loc"], buffers["prior_scale"],
+                buffers["bias_prior_loc"], buffers["bias_prior_scale"], *self._numbers,
+                checks.SCALES[self.scale], checks.KLS[self.kl] if with_kl else 0, mode.n_samples, 0, 0)
+            if compiling or functorch:
+                y, kl = autograd.LINEAR.apply(x, *arguments)
+            elif gradients:
+                y, kl = autograd.draw(autograd.LINEAR, x, arguments)
+            else:
+                y, kl = ops.variational_linear(x, *arguments)
+        if not recomputed and not functorch:  # under torch.func the tensors are the transform's
+            self._remember(parameters, key, mode.n_samples, kl, compiling)
+        return y
+
+    def tensors(self) -> tuple:
+        parameters = self._parameters  # a look-up through nn.Module costs several times as much
+        try:
+            return (parameters["weight_mu"], parameters["weight_rho"],
+                    parameters["bias_mu"], parameters["bias_rho"])
+        except KeyError:  # reparametrized by torch.nn.utils
+            return self.weight_mu, self.weight_rho, self.bias_mu, self.bias_rho
+
+    def pairs(self) -> list[Pair]:
+        pairs = [Pair("weight", self.weight_mu, self.weight_rho, self.prior, 0)]
+        if self.bias_mu is not None:
+            pairs.append(Pair("bias", self.bias_mu, self.bias_rho, self.bias_prior, 1))
+        return pairs
+
+    def drawn(self, key: Tensor) -> nn.Linear:
+        """The nn.Linear that this layer is under `key`."""
+        linear = nn.Linear(self.in_features, self.out_features, self.bias_mu is not None, device="meta")
+        for pair in self.pairs():
+            w, _ = functional.sample_normal(pair.mu, pair.rho, key, scale=self.scale, kl=None,
+                                            stream=pair.stream)
+            setattr(linear, pair.name, nn.Parameter(w))
+        return linear.train(self.training)
+
+    @property
+    def weight_sigma(self) -> Tensor:
+        """sigma(weight_rho) [out, in]."""
+        return self._sigma(self.weight_rho)
+
+    @property
+    def bias_sigma(self) -> Tensor | None:
+        """sigma(bias_rho) [out], or None."""
+        return None if self.bias_rho is None else self._sigma(self.bias_rho)
+
+    def _sigma(self, rho: Tensor) -> Tensor:
+        return reference.sigma_of(rho.to(torch.promote_types(rho.dtype, torch.float32)),
+                                  self.scale).to(rho.dtype)
+
+    @property
+    def prior(self) -> Normal:
+        return self._prior("prior", 0)
+
+    @property
+    def bias_prior(self) -> Normal:
+        return self._prior("bias_prior", 2)
+
+    def __getattr__(self, name: str):
+        if name == "weight" or name == "bias":
+            raise AttributeError(
+                f"VariationalLinear has no {name}: it draws one at every call. Its mean is {name}_mu, its "
+                f"standard deviation {name}_sigma; bnn_fast.draw(model, seed) gives one draw as an nn.Linear")
+        return super().__getattr__(name)
+
+    def extra_repr(self) -> str:
+        same = self.bias_mu is None or self.bias_prior == self.prior
+        bias_prior = "" if same else f", bias_prior={self.bias_prior}"
+        text = (f"in_features={self.in_features}, out_features={self.out_features}, "
+                f"bias={self.bias_mu is not None}, prior={self.prior}{bias_prior}, "
+                f"scale={self.scale!r}, kl={self.kl!r}, init={self.init!r}")
+        if self.weight_mu.device.type != "cpu":
+            text += f", device='{self.weight_mu.device}'"
+        if self.weight_mu.dtype != torch.get_default_dtype():
+            text += f", dtype={self.weight_mu.dtype}"
+        return text
+
+    def _register_prior(self, name: str, prior: Normal, mu: Tensor | None) -> list[float]:
+        """A prior's tensors become buffers, its numbers are returned as the operators take them."""
+        loc, scale, *numbers = functional.prior_arguments(prior)
+        for kind, tensor in (("loc", loc), ("scale", scale)):
+            if tensor is not None and mu is None:
+                raise ValueError(f"{name}: expected numbers or None where bias=False, given {prior}")
+            if tensor is not None and tensor.shape != mu.shape:
+                raise ValueError(f"{name}.{kind}: expected a number or a tensor {list(mu.shape)}, "
+                                 f"given {checks.describe(tensor)}")
+            self.register_buffer(f"{name}_{kind}", None if tensor is None else tensor.detach().to(mu).clone())
+        return numbers
+
+    def _prior(self, name: str, at: int) -> Normal:
+        # Not through __init__, whose check would read the device at every look.
+        prior = Normal.__new__(Normal)
+        loc, scale = self._buffers[f"{name}_loc"], self._buffers[f"{name}_scale"]
+        prior.loc = self._numbers[at] if loc is None else loc
+        prior.scale = self._numbers[at + 1] if scale is None else scale
+        return prior

@@ -1,0 +1,150 @@
+"""What the tests of the compiled operators share: inputs, the raw operators, and the rule they are judged by.
+
+Accuracy is judged as flash-attention does: against the reference in float64, a kernel may err at most twice
+as much as the reference in the kernel's own types, and a little more. Errors count beside the largest
+element of a result.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bnn_fast import Normal
+
+OPS = torch.ops.bnn_fast
+SCALES = ("softplus", "exp", "sqrt_exp")
+KLS = (None, "analytic", "sampled")
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+HALVES = (torch.bfloat16, torch.float16)
+KEY = torch.tensor([0x123456789ABCDEF, 3])
+FUSED, DRAWN = 5, 40  # batch sizes in the small-batch and in the large-batch regime
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Threads gain nothing on tensors this small; waiting for each other on shared cores costs tenfold."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def random(*shape, dtype=torch.float32, seed=0, mean=0.0, sd=1.0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (mean + sd * torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype)
+
+
+def posterior(*shape, dtype=torch.float32, seed=0) -> tuple[torch.Tensor, torch.Tensor]:
+    return random(*shape, dtype=dtype, seed=seed), random(*shape, dtype=dtype, seed=seed + 100, mean=-1.0)
+
+
+def make_prior(tensors: bool, *shape, dtype=torch.float32, seed=0) -> Normal:
+    if not tensors:
+        return Normal(0.25, 0.5)
+    return Normal(
+        random(*shape, dtype=dtype, seed=seed + 200), random(*shape, dtype=dtype, seed=seed + 300).abs() + 0.5
+    )
+
+
+def prior_arguments(prior: Normal) -> tuple:
+    """loc tensor, scale tensor, loc number, scale number."""
+
+    def tensor(value):
+        return value if isinstance(value, torch.Tensor) else None
+
+    def number(value):
+        return 1.0 if isinstance(value, torch.Tensor) else value
+
+    return tensor(prior.loc), tensor(prior.scale), number(prior.loc), number(prior.scale)
+
+
+def cast(value, dtype):
+    """A tensor or the tensors of a prior in another floating-point type; anything else as it is."""
+    if isinstance(value, Normal):
+        return Normal(cast(value.loc, dtype), cast(value.scale, dtype))
+    return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+
+def code(names, name) -> int:
+    return names.index(name)
+
+
+def judge(what: str, got, plain, truth) -> None:
+    """The rule at the top of this file. `what` ends with the parameters' type, that of the computation."""
+    assert got.shape == truth.shape and got.dtype == plain.dtype, what
+    if got.numel() == 0:
+        return
+    got, plain, truth = got.double(), plain.double(), truth.double()
+    size = truth.abs().max()
+    more = (1e-13 if what.endswith("float64") else 1e-6) * (1 + size)
+    error, allowed = (got - truth).abs().max(), 2 * (plain - truth).abs().max() + more
+    assert error <= allowed, f"{what}: error {error:.3g}, allowed {allowed:.3g}, largest element {size:.3g}"
+
+
+def raw_linear(
+    x,
+    mu,
+    rho,
+    bias_mu,
+    bias_rho,
+    key,
+    *,
+    prior,
+    bias_prior,
+    scale,
+    kl,
+    n_samples,
+    row_offset,
+    column_offset,
+    grad_y=None,
+    grad_kl=None,
+    need_grad_x=True,
+):
+    """y and KL, and with a gradient given the five gradients, of the compiled operators."""
+    loc, sd, loc_number, sd_number = prior_arguments(prior)
+    bias_loc, bias_sd, bias_loc_number, bias_sd_number = prior_arguments(bias_prior)
+    tail = (
+        mu,
+        rho,
+        bias_mu,
+        bias_rho,
+        key,
+        loc,
+        sd,
+        bias_loc,
+        bias_sd,
+        loc_number,
+        sd_number,
+        bias_loc_number,
+        bias_sd_number,
+        code(SCALES, scale),
+        code(KLS, kl),
+        n_samples,
+        row_offset,
+        column_offset,
+    )
+    y, value = OPS._variational_linear(x, *tail)
+    gradients = OPS._variational_linear_backward(
+        grad_y, grad_kl, x if grad_y is not None else None, *tail, need_grad_x
+    )
+    return y, value, gradients
+
+
+def raw_sample(mu, rho, *, prior, scale, kl, n_samples, grad_w, grad_kl, offsets=(0, 0)):
+    loc, sd, loc_number, sd_number = prior_arguments(prior)
+    tail = (
+        mu,
+        rho,
+        KEY,
+        loc,
+        sd,
+        loc_number,
+        sd_number,
+        code(SCALES, scale),
+        code(KLS, kl),
+        n_samples,
+        0,
+        *offsets,
+    )
+    return OPS._sample_normal(*tail), OPS._sample_normal_backward(grad_w, grad_kl, *tail)

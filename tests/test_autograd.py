@@ -1,0 +1,397 @@
+"""Gradients through the layers: orders of backward, freed graphs, checkpointing, torch.func."""
+from __future__ import annotations
+
+import contextlib
+import copy
+import threading
+
+import pytest
+import torch
+from common import gradients, key_of, needs_extension, network, posterior, twin  # noqa: F401
+from torch.utils.checkpoint import checkpoint
+
+import bnn_fast as bf
+from bnn_fast import functional, reference
+
+KLS = ("analytic", "sampled")
+
+
+def losses(model, x):
+    return model(x).square().sum(), bf.kl_divergence(model)
+
+
+@pytest.fixture
+def x():
+    return torch.randn(6, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+
+
+@pytest.mark.parametrize("kl", KLS)
+def test_every_order_of_backward_gives_the_same_gradient(twin, x, kl):
+    """Three layers with activations between: neither backward may walk the other's graph."""
+    model = network(kl=kl)
+    orders = {
+        "sum": lambda nll, kl: (nll + kl).backward(),
+        "nll, kl": lambda nll, kl: (nll.backward(), kl.backward()),
+        "kl, nll": lambda nll, kl: (kl.backward(), nll.backward()),
+        "list": lambda nll, kl: torch.autograd.backward([kl, nll]),
+        "kept": lambda nll,
+        kl: ((nll + kl).backward(retain_graph=True), model.zero_grad(), (nll + kl).backward()),
+        "grad": lambda nll, kl: [setattr(p, "grad", g) for p, g in
+                                 zip(model.parameters(),
+                                     torch.autograd.grad(nll + kl, list(model.parameters())))],
+    }
+    results = {}
+    for name, backward in orders.items():
+        with bf.sampling(model, seed=3):
+            backward(*losses(model, x))
+        results[name] = gradients(model)
+    for name, result in results.items():
+        torch.testing.assert_close(result, results["sum"], msg=lambda m: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("kl", KLS)
+def test_gradient_is_the_reference_twins(twin, x, kl):
+    """The whole model, written out with the reference and autograd."""
+    model = network(kl=kl, scale="exp", prior=bf.Normal(0.2, 0.5))
+    keys = [key_of(i) for i in range(3)]
+    layers = [model[0], model[2], model[4]]
+    h, total = x, 0
+    for layer, key, after in zip(layers, keys, (torch.relu, torch.tanh, lambda h: h)):
+        h, value = reference.variational_linear(h, layer.weight_mu, layer.weight_rho, layer.bias_mu,
+                                                layer.bias_rho, key,
+                                                prior=layer.prior, scale="exp", kl=kl)
+        h, total = after(h), total + value
+    (h.square().sum() + total / 7).backward()
+    expected = gradients(model)
+    for layer, key in zip(layers, keys):
+        layer.frozen_key = key
+    nll, value = losses(model, x)
+    torch.testing.assert_close(value, total)
+    (nll + value / 7).backward()
+    torch.testing.assert_close(gradients(model), expected)
+
+
+def test_reading_the_kl_twice_counts_twice(twin, x):
+    model = network()
+    with bf.sampling(model, seed=1):
+        nll, kl = losses(model, x)
+        (nll + 2 * kl).backward()
+        expected = gradients(model)
+        nll, kl = losses(model, x)
+        (nll + kl + bf.kl_divergence(model)).backward()
+        torch.testing.assert_close(gradients(model), expected)
+        nll, kl = losses(model, x)
+        (nll + kl).backward()
+        bf.kl_divergence(model).backward()
+        torch.testing.assert_close(gradients(model), expected)
+
+
+def test_several_forwards_before_one_backward(twin, x):
+    """Each call has its own noise: nothing refilled in place is read by an earlier call's backward."""
+    model = network()
+    separate = []
+    for seed in (1, 2, 3):
+        with bf.sampling(model, seed=seed):
+            model(x).square().sum().backward()
+        separate.append(gradients(model))
+    total = 0
+    for seed in (1, 2, 3):
+        with bf.sampling(model, seed=seed):
+            total = total + model(x).square().sum()
+    total.backward()
+    torch.testing.assert_close(gradients(model), [sum(g) for g in zip(*separate)])
+
+
+def test_layer_called_twice_in_a_forward(twin):
+    layer = bf.VariationalLinear(3, 3, dtype=torch.float64)
+    x = torch.randn(4, 3, dtype=torch.float64)
+    with bf.sampling(layer, seed=2):
+        (layer(torch.tanh(layer(x))).sum() + bf.kl_divergence(layer)).backward()
+    found = gradients(layer)
+    sigma = torch.nn.functional.softplus
+    with bf.sampling(layer, seed=2):
+        w0, b0 = bf.draw(layer, 2).weight.detach(), bf.draw(layer, 2).bias.detach()
+    noise_w = (w0 - layer.weight_mu) / sigma(layer.weight_rho)
+    noise_b = (b0 - layer.bias_mu) / sigma(layer.bias_rho)
+    w = layer.weight_mu + sigma(layer.weight_rho) * noise_w.detach()
+    b = layer.bias_mu + sigma(layer.bias_rho) * noise_b.detach()
+    y = torch.tanh(x @ w.T + b) @ w.T + b
+    kl = reference.kl_normal(layer.weight_mu, layer.weight_rho) + reference.kl_normal(layer.bias_mu,
+                                                                                      layer.bias_rho)
+    (y.sum() + kl).backward()
+    torch.testing.assert_close(found, gradients(layer))
+
+
+@needs_extension
+def test_input_is_freed_by_backward_and_a_second_backward_raises(x):
+    model = network()
+    nll = model(x).square().sum()
+    nll.backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        nll.backward()
+    layer = bf.VariationalLinear(3, 2, dtype=torch.float64)
+    y = layer(x)
+    y.sum().backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        y.sum().backward()
+
+
+@needs_extension
+def test_in_place_change_between_forward_and_backward_raises():
+    layer = bf.VariationalLinear(3, 2)
+    x = torch.randn(4, 3)
+    y = layer(x)
+    x.add_(1)
+    with pytest.raises(RuntimeError, match="^x, needed for the gradient, has been modified by an inplace"):
+        y.sum().backward()
+    y, kl = layer(x), bf.kl_divergence(layer)
+    with torch.no_grad():
+        layer.bias_rho.add_(1)
+    for loss in (y.sum(), kl):
+        with pytest.raises(RuntimeError,
+                           match="^bias_rho, needed for the gradient, has been modified by an inplace"):
+            loss.backward()
+
+
+def test_deepcopy_between_forward_and_backward(twin, x):
+    model = network()
+    with bf.sampling(model, seed=1):
+        nll, kl = losses(model, x)
+        twin_model = copy.deepcopy(model)
+        (nll + kl).backward()
+        expected = gradients(model)
+    with bf.sampling(twin_model, seed=1):
+        sum(losses(twin_model, x)).backward()
+    torch.testing.assert_close(gradients(twin_model), expected)
+
+
+def test_only_some_parameters_need_gradients(twin, x):
+    model = network()
+    with bf.sampling(model, seed=1):
+        sum(losses(model, x)).backward()
+        expected = gradients(model)
+        model[0].weight_mu.requires_grad_(False)
+        model[2].requires_grad_(False)
+        sum(losses(model, x)).backward()
+    for (name, p), g in zip(model.named_parameters(), expected):
+        assert (p.grad is None) == (not p.requires_grad), name
+        if p.requires_grad:
+            torch.testing.assert_close(p.grad, g)
+
+
+@pytest.mark.parametrize("kl", KLS)
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("context", ["none", "left", "inside"])
+def test_checkpointing_repeats_the_draw(twin, x, reentrant, kl, context):
+    """Also after `with sampling(...)` was left, when recomputation has only the layer's memory to go by."""
+    x = x.requires_grad_()
+
+    def step(run, forget=False):
+        model = network(kl=kl)
+        torch.manual_seed(11)
+        with bf.sampling(model, n_samples=2) if context != "none" else contextlib.nullcontext():
+            y = run(model, x)
+            if forget:
+                for layer in model[::2]:
+                    layer._state.record = None
+            torch.manual_seed(12)
+            loss = y.square().sum() + bf.kl_divergence(model)
+            if context == "inside":
+                loss.backward()
+        if context != "inside":
+            loss.backward()
+        return y.detach(), gradients(model)
+
+    # Reentrant checkpointing has no gradients on in its first pass, so that a sampled KL is of a draw of its
+    # own.
+    y, expected = step(lambda m, x: m(x), forget=reentrant)
+    y2, found = step(lambda m, x: checkpoint(m, x, use_reentrant=reentrant))
+    assert torch.equal(y, y2)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("kl", KLS)
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_recomputation_leaves_the_kl_alone(twin, x, reentrant, kl):
+    model = network(kl=kl)
+    model(x)  # with reentrant checkpointing the latest call with gradients on
+    y = checkpoint(model, x.requires_grad_(), use_reentrant=reentrant)
+    before, keys = bf.kl_divergence(model), [layer._state.key for layer in model[::2]]
+    y.sum().backward()
+    torch.testing.assert_close(bf.kl_divergence(model), before)
+    assert all(layer._state.key is key for layer, key in zip(model[::2], keys))
+
+
+@needs_extension
+def test_saved_tensor_hooks_see_the_input(x):
+    packed = []
+    layer = bf.VariationalLinear(3, 2, dtype=torch.float64)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t) or len(packed) - 1,
+                                                  lambda i: packed[i]):
+        y = layer(x)
+    assert any(t.shape == x.shape and torch.equal(t, x) for t in packed)
+    assert not any(t.shape == layer.weight_mu.shape for t in packed)
+    y.sum().backward()
+    assert layer.weight_mu.grad is not None
+
+
+def test_double_backward_raises_or_is_right(twin, x):
+    """Never silent zeros. In plain PyTorch second derivatives are simply right."""
+    layer = bf.VariationalLinear(3, 2, dtype=torch.float64)
+
+    def attempts():
+        x_ = x.clone().requires_grad_()
+        y = layer(x_).square().sum() + bf.kl_divergence(layer)
+        grads = torch.autograd.grad(y, [x_, *layer.parameters()], create_graph=True)
+        yield lambda: sum(g.square().sum() for g in grads).backward()
+        kl_grads = torch.autograd.grad(bf.kl_divergence(layer), list(layer.parameters()), create_graph=True)
+        yield lambda: sum(g.square().sum() for g in kl_grads).backward()
+
+    for attempt in attempts():
+        if twin == "compiled":
+            with pytest.raises(RuntimeError, match="double backward"):
+                attempt()
+        else:
+            attempt()
+
+
+@needs_extension
+def test_double_backward_raises_under_torch_func():
+    mu, rho = posterior(2, 3, grad=False)
+
+    def f(m):
+        y, kl = functional.variational_linear(torch.ones(1, 3, dtype=torch.float64), m, rho, None, None,
+                                              key_of(1))
+        return y.square().sum() + kl
+
+    def second(g):
+        return torch.func.grad(lambda m: torch.func.grad(g)(m).square().sum())
+
+    for g in (f, lambda m: functional.sample_normal(m, rho, key_of(1))[0].square().sum(),
+              lambda m: functional.kl_normal(m, rho)):
+        torch.func.grad(g)(mu)
+        with pytest.raises(RuntimeError, match="double backward"):
+            second(g)(mu)
+
+
+def func_loss(model):
+    """A pure function of the parameters."""
+    def loss(parameters, x):
+        y = torch.func.functional_call(model, parameters, (x,))
+        return y.square().sum()
+
+    return loss
+
+
+def test_func_grad_agrees_with_backward(twin, x):
+    model = network()
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    with bf.sampling(model, seed=4):
+        found = torch.func.grad(func_loss(model))(parameters, x)
+        model(x).square().sum().backward()
+    torch.testing.assert_close(list(found.values()), gradients(model))
+
+
+def test_func_grad_of_the_kl(twin):
+    class WithKL(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = network()
+
+        def forward(self, x):
+            return self.model(x).square().sum() + bf.kl_divergence(self.model)
+
+    model = WithKL()
+    x = torch.randn(4, 3, dtype=torch.float64)
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    with bf.sampling(model, seed=4):
+        found = torch.func.grad(lambda p: torch.func.functional_call(model, p, (x,)))(parameters)
+        model(x).backward()
+    torch.testing.assert_close(list(found.values()), gradients(model))
+    assert all(layer._state.record.kl is None
+               or not torch._C._functorch.is_gradtrackingtensor(layer._state.key)
+               for layer in model.model[::2])
+
+
+@pytest.mark.parametrize("n_samples", [1, 2])
+def test_per_sample_gradients(twin, x, n_samples):
+    """vmap(grad): x batched, the draw shared."""
+    model = network()
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    batch = torch.stack([x, x + 1, x - 1])
+    with bf.sampling(model, seed=4, n_samples=n_samples):
+        found = torch.func.vmap(torch.func.grad(func_loss(model)), in_dims=(None, 0))(parameters, batch)
+        for i, one in enumerate(batch):
+            model(one).square().sum().backward()
+            torch.testing.assert_close([f[i] for f in found.values()], gradients(model))
+
+
+@pytest.mark.parametrize("n_samples", [1, 3])
+@pytest.mark.parametrize("dim", [0, 1])
+def test_vmap_over_inputs_shares_the_draw(twin, n_samples, dim):
+    model = network()
+    xs = torch.randn(4, 6, 3, dtype=torch.float64).movedim(0, dim)
+    with bf.sampling(model, seed=4, n_samples=n_samples):
+        found = torch.func.vmap(model, in_dims=dim)(xs)
+        torch.testing.assert_close(found, torch.stack([model(one) for one in xs.unbind(dim)]))
+
+
+def test_vmap_randomness(twin, x):
+    model = network()
+    xs = x.expand(4, 6, 3)
+    torch.manual_seed(0)
+    same = torch.func.vmap(model, randomness="same")(xs)
+    different = torch.func.vmap(model, randomness="different")(xs)
+    assert all(torch.equal(same[0], one) for one in same[1:])
+    assert len({tuple(one.flatten().tolist()) for one in different}) == 4
+    with pytest.raises(RuntimeError, match="randomness"):
+        torch.func.vmap(model)(xs)
+
+
+def test_vmap_over_stacked_parameters_with_gradients(twin, x):
+    models = [network(seed=i) for i in range(3)]
+    stacked, _ = torch.func.stack_module_state(models)
+    stacked = {name: p.detach() for name, p in stacked.items()}
+    with bf.sampling(models[0], seed=4):
+        loss = func_loss(models[0])
+        found = torch.func.vmap(torch.func.grad_and_value(loss), in_dims=(0, None))(stacked, x)[0]
+        for i, model in enumerate(models):
+            expected = torch.func.grad(loss)({name: p[i] for name, p in stacked.items()}, x)
+            torch.testing.assert_close({name: f[i] for name, f in found.items()}, expected)
+
+
+@pytest.mark.parametrize("kl", [*KLS, None])
+def test_vmap_of_functional_with_different_keys(twin, kl):
+    mu, rho = posterior(2, 3, grad=False)
+    keys = torch.stack([key_of(1), key_of(2)])
+
+    def f(key):
+        w, value = functional.sample_normal(mu, rho, key, kl=kl)
+        return w if value is None else (w, value)
+
+    found, expected = torch.func.vmap(f)(keys), [f(key) for key in keys]
+    torch.testing.assert_close(found,
+                               torch.stack(expected) if kl is None
+                               else tuple(map(torch.stack, zip(*expected))))
+
+
+@needs_extension
+def test_nothing_is_kept_under_transforms(x):
+    model = network()
+    torch.func.grad(func_loss(model))({name: p.detach() for name, p in model.named_parameters()}, x)
+    assert model[0]._state.record is None and model[0]._state.key is None
+
+
+def test_backward_in_other_threads(twin, x):
+    """Losses made here, differentiated in threads of their own."""
+    model = network()
+    with bf.sampling(model, seed=1):
+        sum(losses(model, x)).backward()
+        expected = gradients(model)
+        pairs = [losses(model, x) for _ in range(4)]
+    threads = [threading.Thread(target=lambda nll=nll, kl=kl: (nll + kl).backward()) for nll, kl in pairs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    torch.testing.assert_close(gradients(model), [4 * g for g in expected])

@@ -1,0 +1,122 @@
+"""The CPU kernels as built: instruction sets kept apart, equal results from each, and what they allocate."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections import defaultdict
+
+import pytest
+import torch
+
+from bnn_fast import _C
+
+INSTRUCTION_SETS = ("generic", "avx2", "avx2x16", "avx512")
+FORBIDDEN = {"generic": r"[yz]mm|vfn?m(add|sub)", "avx2": r"zmm|\{%k|%[xy]mm(1[6-9]|2\d|3[01])",
+             "avx2x16": r"zmm|\{%k|%[xy]mm(1[6-9]|2\d|3[01])"}
+
+
+@pytest.fixture(scope="module")
+def instructions() -> dict[str, list[str]]:
+    """The instructions of every function whose name holds a kernel namespace, by namespace."""
+    if not shutil.which("objdump"):
+        pytest.skip("objdump is not installed")
+    listing = subprocess.run(["objdump", "-d", "--no-show-raw-insn", _C.__file__], capture_output=True, text=True,
+                             check=True).stdout
+    found, current = defaultdict(list), None
+    for line in listing.splitlines():
+        header = re.match(r"[0-9a-f]+ <(.+)>:$", line)
+        if header:
+            name = header.group(1)
+            current = next((isa for isa in INSTRUCTION_SETS if f"{len(isa)}{isa}" in name), None)
+        elif current and ":\t" in line:
+            found[current].append(line)
+    return found
+
+
+@pytest.mark.skipif(not torch.backends.cpu.get_cpu_capability().startswith("AVX"), reason="x86 vector code is built on x86 only")
+def test_every_instruction_set_has_its_own_functions(instructions):
+    for isa in INSTRUCTION_SETS:
+        assert len(instructions[isa]) > 1000, isa
+    assert any("zmm" in line for line in instructions["avx512"])
+    assert any("vfmadd" in line and "ymm" in line for line in instructions["avx2"])
+
+
+@pytest.mark.parametrize("isa", FORBIDDEN)
+def test_no_function_uses_instructions_beyond_its_set(instructions, isa):
+    beyond = [line for line in instructions[isa] if re.search(FORBIDDEN[isa], line)]
+    assert not beyond, beyond[:5]
+
+
+PROBE = """
+import hashlib, torch
+from bnn_fast import _C
+op = torch.ops.bnn_fast
+torch.manual_seed(0)
+key = torch.tensor([-987654321987654321, 3])
+digest = hashlib.sha256()
+for rows, columns, offset in ((1, 1, 0), (3, 127, 0), (5, 1023, 6), (2, 300, 3)):
+    mu, rho = torch.randn(rows, columns), torch.randn(rows, columns) * 40
+    weight, kl = op._sample_normal(mu, rho, key, None, None, 0.0, 1.0, 0, 2, 2, 0, 7, offset)
+    digest.update(weight.numpy().tobytes())
+x, mu, rho = torch.randn(6, 300), torch.randn(9, 300), torch.randn(9, 300) - 3
+y, kl = op._variational_linear(x, mu, rho, None, None, key, None, None, None, None, 0.0, 1.0, 0.0, 1.0, 0, 1, 2, 0, 0)
+print(_C.cpu_capability(), digest.hexdigest(), kl.item(), y.double().sum().item())
+"""
+
+
+def probe(isa: str) -> list[str]:
+    done = subprocess.run([sys.executable, "-c", PROBE], env={**os.environ, "BNN_FAST_CPU": isa}, capture_output=True,
+                          text=True)
+    if "one that this processor supports" in done.stderr:
+        pytest.skip(f"this processor has no {isa}")
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS[1:])
+def test_draws_have_the_same_bits_on_every_instruction_set(isa):
+    name, digest, kl, y = probe(isa)
+    _, generic_digest, generic_kl, generic_y = probe("generic")
+    assert name == isa
+    assert digest == generic_digest
+    assert float(kl) == pytest.approx(float(generic_kl), rel=1e-6)
+    assert float(y) == pytest.approx(float(generic_y), rel=1e-4)
+
+
+def allocated(function) -> int:
+    """Bytes that torch's CPU allocator hands out during a call, at their highest, what is returned included."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        result = function()
+    del result
+    now = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            peak = max(peak, now)
+    return peak
+
+
+@pytest.mark.parametrize("batch, buffers", [(8, 0), (256, 1)])
+def test_no_weight_sized_memory_beyond_gradients_and_one_buffer(batch, buffers):
+    rows = columns = 1024
+    weights = rows * columns * 4
+    mu, rho = torch.randn(rows, columns), torch.full((rows, columns), -3.0)
+    x, grad_y, grad_kl = torch.randn(batch, columns), torch.randn(batch, rows), torch.tensor(0.5)
+    key = torch.tensor([5, 0])
+    options = (None, None, key, None, None, None, None, 0.0, 1.0, 0.0, 1.0, 0, 1, 1, 0, 0)
+    op = torch.ops.bnn_fast
+    activations = 8 * batch * (rows + columns) * 4
+
+    def forward():
+        return op._variational_linear(x, mu, rho, *options)
+
+    def backward():
+        return op._variational_linear_backward(grad_y, grad_kl, x, mu, rho, *options, True)
+
+    assert allocated(lambda: torch.empty(rows, columns)) == weights  # the watch sees what it should
+    assert allocated(forward) <= buffers * weights + activations
+    assert allocated(backward) <= (2 + buffers) * weights + activations

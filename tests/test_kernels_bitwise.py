@@ -1,0 +1,105 @@
+"""Results do not depend on threads or repetition; every instruction set gives the same noise and sigma."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from glob import glob
+
+import pytest
+import torch
+from kernels import KEY, OPS, one_thread, posterior, random, raw_linear, raw_sample  # noqa: F401
+
+from bnn_fast import Normal, build_info
+
+
+def everything(fused: bool) -> list[torch.Tensor]:
+    """What must be bitwise repeatable: all of the fused path; of the other its KL; noise and sigma."""
+    results = []
+    mu, rho = posterior(301, 517)
+    for n_samples, kl in ((1, "analytic"), (2, "sampled")):
+        x = random(n_samples * (8 if fused else 64), 517)
+        y, value, gradients = raw_linear(
+            x,
+            mu,
+            rho,
+            *posterior(301, seed=1),
+            KEY,
+            prior=Normal(),
+            bias_prior=Normal(),
+            scale="softplus",
+            kl=kl,
+            n_samples=n_samples,
+            row_offset=0,
+            column_offset=1,
+            grad_y=random(x.shape[0], 301),
+            grad_kl=torch.tensor(1.0),
+        )
+        results += [y, value, *gradients] if fused else [value]
+        (w, value), gradients = raw_sample(
+            mu,
+            rho,
+            prior=Normal(),
+            scale="softplus",
+            kl=kl,
+            n_samples=n_samples,
+            grad_w=random(n_samples, 301, 517),
+            grad_kl=torch.tensor(1.0),
+        )
+        results += [w, value, *gradients]
+    return [*results, OPS._kl_normal(mu, rho, None, None, 0.0, 1.0, 0, True)]
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_results_do_not_depend_on_the_number_of_threads_or_on_repetition(fused):
+    expected = everything(fused)
+    for threads in (1, 2, 3, 5):
+        torch.set_num_threads(threads)
+        for got, first in zip(everything(fused), expected, strict=True):
+            assert torch.equal(got, first), threads
+
+
+DIGEST = """
+import hashlib, torch, bnn_fast
+key = torch.tensor([5, 1])
+rho = torch.linspace(-90, 90, 7 * 1031).view(7, 1031)
+options = dict(n_samples=2, column_offset=3)
+w = [bnn_fast.functional.sample_normal(torch.zeros_like(rho), rho, key, scale=scale, **options)[0]
+     for scale in ("softplus", "exp", "sqrt_exp")]
+print(bnn_fast.build_info()["cpu_capability"], hashlib.sha256(torch.stack(w).numpy().tobytes()).hexdigest())
+"""
+
+
+CHOSEN = build_info()["cpu_capability"]
+OTHERS = {"generic": [], "avx2": ["generic", "avx2x16"], "avx512": ["generic", "avx2", "avx2x16"]}.get(
+    CHOSEN, []
+)
+
+
+def run_with(instruction_set: str, *command: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, *command],
+        env={**os.environ, "BNN_FAST_CPU": instruction_set},
+        text=True,
+        capture_output=True,
+    )
+
+
+def test_every_instruction_set_draws_the_same_bits():
+    digests = set()
+    for name in (CHOSEN, *OTHERS):
+        done = run_with(name, "-c", DIGEST)
+        assert done.returncode == 0, done.stderr
+        used, digest = done.stdout.split()
+        assert used == name
+        digests.add(digest)
+    assert len(digests) == 1
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_instruction_sets_pass_these_tests(name):
+    files = glob(f"{os.path.dirname(__file__)}/test_kernels_*.py")
+    chosen = "awkward or (options and softplus-sampled-torch.float32) or bit_for_bit or threads or sigma_is"
+    done = run_with(name, "-m", "pytest", "-q", "-x", *files, "-k", chosen)
+    assert done.returncode == 0, done.stdout

@@ -1,0 +1,315 @@
+"""The compiled variational_linear against the reference with the same key: shapes, strides, every option."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from kernels import (
+    DRAWN,
+    DTYPES,
+    FUSED,
+    HALVES,
+    KEY,
+    KLS,
+    SCALES,
+    cast,
+    judge,
+    make_prior,
+    one_thread,  # noqa: F401
+    posterior,
+    random,
+    raw_linear,
+)  # noqa: F401
+
+from bnn_fast import Normal, functional, reference
+
+
+def plain_linear(x, mu, rho, bias_mu, bias_rho, key, *, grad_y, grad_kl, **options):
+    """The same of the reference, by autograd."""
+    leaves = [
+        None if t is None else t.detach().clone().requires_grad_() for t in (x, mu, rho, bias_mu, bias_rho)
+    ]
+    y, value = reference.variational_linear(*leaves, key, **options)
+    outputs, grads = [], []
+    for output, grad in ((y, grad_y), (value, grad_kl)):
+        if output is not None and grad is not None:
+            outputs.append(output)
+            grads.append(grad.to(output.dtype))
+    given = [leaf for leaf in leaves if leaf is not None]
+    gradients = iter(torch.autograd.grad(outputs, given, grads, materialize_grads=True))
+    return y.detach(), value, [None if leaf is None else next(gradients) for leaf in leaves]
+
+
+def check_linear(
+    x,
+    mu,
+    rho,
+    bias_mu=None,
+    bias_rho=None,
+    *,
+    prior=Normal(0.25, 0.5),
+    bias_prior=Normal(-0.5, 2.0),
+    scale="softplus",
+    kl="analytic",
+    n_samples=1,
+    row_offset=0,
+    column_offset=0,
+):
+    options = dict(
+        prior=prior,
+        bias_prior=bias_prior,
+        scale=scale,
+        kl=kl,
+        n_samples=n_samples,
+        row_offset=row_offset,
+        column_offset=column_offset,
+    )
+    what = f"x {list(x.shape)} {x.dtype}, weight {list(mu.shape)}, bias {bias_mu is not None}, {options}, "
+    what += str(mu.dtype)
+    grad_y = random(*x.shape[:-1], mu.shape[0], dtype=x.dtype, seed=7)
+    grad_kl = torch.tensor(0.3, dtype=torch.float64 if mu.dtype == torch.float64 else torch.float32)
+    arguments = (x, mu, rho, bias_mu, bias_rho)
+    y, value, gradients = raw_linear(
+        *arguments, KEY, **options, grad_y=grad_y, grad_kl=grad_kl if kl else None
+    )
+    plain_y, plain_value, plain_gradients = plain_linear(
+        *arguments, KEY, **options, grad_y=grad_y, grad_kl=grad_kl
+    )
+    wide = {name: cast(option, torch.float64) for name, option in options.items()}
+    true_y, true_value, true_gradients = plain_linear(
+        *(cast(a, torch.float64) for a in arguments),
+        KEY,
+        **wide,
+        grad_y=grad_y.double(),
+        grad_kl=grad_kl.double(),
+    )
+    judge(f"y: {what}", y, plain_y, true_y)
+    if kl is None:
+        assert value == 0
+    else:
+        judge(f"kl: {what}", value, plain_value.detach(), true_value.detach())
+    for name, got, plain, true in zip(
+        ("x", "weight_mu", "weight_rho", "bias_mu", "bias_rho"), gradients, plain_gradients, true_gradients
+    ):
+        if plain is None:
+            assert got.shape == (0,)
+        else:
+            judge(f"gradient of {name}: {what}", got, plain, true)
+
+
+@pytest.mark.parametrize("batch", [FUSED, DRAWN], ids=["fused", "drawn"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kl", KLS, ids=str)
+@pytest.mark.parametrize("scale", SCALES)
+def test_linear_options(scale, kl, dtype, batch):
+    for tensors, bias, n_samples, offsets in itertools.product(
+        (False, True), (False, True), (1, 3), ((0, 0), (5, 7))
+    ):
+        mu, rho = posterior(19, 37, dtype=dtype)
+        bias_mu, bias_rho = posterior(19, dtype=dtype, seed=1) if bias else (None, None)
+        check_linear(
+            random(n_samples * batch, 37, dtype=dtype, seed=2),
+            mu,
+            rho,
+            bias_mu,
+            bias_rho,
+            prior=make_prior(tensors, 19, 37, dtype=dtype),
+            bias_prior=make_prior(tensors, 19, dtype=dtype, seed=1),
+            scale=scale,
+            kl=kl,
+            n_samples=n_samples,
+            row_offset=offsets[0],
+            column_offset=offsets[1],
+        )
+
+
+@pytest.mark.parametrize("n_samples", [1, 3])
+@pytest.mark.parametrize(
+    "outputs, inputs",
+    [
+        (1, 1),
+        (3, 1),
+        (1, 3),
+        (2, 16),
+        (127, 3),
+        (3, 127),
+        (127, 1023),
+        (1023, 127),
+        (1, 1023),
+        (4, 256),
+        (5, 257),
+        (0, 5),
+        (5, 0),
+        (0, 0),
+        (1, 4097),
+    ],
+)
+def test_linear_awkward_shapes(outputs, inputs, n_samples):
+    batches = (3, 40) if outputs * inputs > 5000 else (0, 1, 3, 24, 25, 127)
+    for batch, (row_offset, column_offset) in itertools.product(batches, ((0, 0), (3, 2))):
+        mu, rho = posterior(outputs, inputs)
+        check_linear(
+            random(n_samples * batch, inputs, seed=2),
+            mu,
+            rho,
+            *posterior(outputs, seed=1),
+            n_samples=n_samples,
+            row_offset=row_offset,
+            column_offset=column_offset,
+        )
+
+
+@pytest.mark.parametrize("outputs, inputs", [(8192, 32), (4, 65536)])
+def test_linear_long_sums(outputs, inputs):
+    """Sums over many inputs (y) and outputs (the gradient of x) must not be one long chain of roundings."""
+    for batch in (8, 40):
+        check_linear(random(batch, inputs, seed=2), *posterior(outputs, inputs))
+
+
+@pytest.mark.parametrize("batch", [FUSED, DRAWN], ids=["fused", "drawn"])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_linear_with_half_inputs_and_float_parameters(dtype, batch):
+    for kl, n_samples, bias in itertools.product(KLS, (1, 3), (False, True)):
+        mu, rho = posterior(19, 37)
+        check_linear(
+            random(n_samples * batch, 37, dtype=dtype, seed=2),
+            mu,
+            rho,
+            *(posterior(19, seed=1) if bias else (None, None)),
+            kl=kl,
+            n_samples=n_samples,
+            column_offset=3,
+        )
+
+
+@pytest.mark.parametrize("n_samples", [1, 2])
+@pytest.mark.parametrize("kl", ["analytic", "sampled"])
+def test_linear_strides_and_dimensions(kl, n_samples):
+    mu, rho = posterior(9, 21)
+    options = dict(n_samples=n_samples, kl=kl)
+    inputs = {
+        "3-d": random(4, 3, 21),
+        "large 3-d": random(4, 30, 21),
+        "4-d": random(2, 2, 3, 21),
+        "transposed": random(21, 8).T,
+        "large transposed": random(21, 60).T,
+        "expanded batch": random(1, 21).expand(8, 21),
+        "expanded features": random(60, 1).expand(60, 21),
+        "every other": random(8, 42)[:, ::2],
+        "shifted": random(8, 23)[:, 1:-1],
+    }
+    if n_samples == 1:
+        inputs["1-d"] = random(21)
+    for x in inputs.values():
+        check_linear(x, mu, rho, *posterior(9, seed=1), **options)
+    for mu_, rho_ in (
+        (random(21, 9).T, random(21, 9, seed=3).T),
+        (random(1, 21).expand(9, 21), random(9, 1).expand(9, 21)),
+    ):
+        for batch in (FUSED, DRAWN):
+            prior = Normal(random(21, 9, seed=5).T, random(9, 1, seed=6).abs().expand(9, 21) + 0.5)
+            check_linear(
+                random(n_samples * batch, 21),
+                mu_,
+                rho_,
+                random(1).expand(9),
+                random(18)[::2],
+                prior=prior,
+                **options,
+            )
+
+
+@pytest.mark.parametrize("batch", [FUSED, DRAWN], ids=["fused", "drawn"])
+def test_linear_backward_takes_gradients_of_any_stride_and_either_alone(batch):
+    mu, rho = posterior(9, 21)
+    x, biases = random(batch, 21), posterior(9, seed=1)
+    options = dict(
+        prior=Normal(0.0, 1.0),
+        bias_prior=Normal(0.0, 1.0),
+        scale="softplus",
+        n_samples=1,
+        row_offset=0,
+        column_offset=0,
+    )
+    grad_kl = torch.tensor(0.3)
+    for kl in ("analytic", "sampled"):
+        for grad_y in (torch.ones(()).expand(batch, 9), random(9, batch, seed=4).T):
+            given = raw_linear(x, mu, rho, *biases, KEY, **options, kl=kl, grad_y=grad_y, grad_kl=grad_kl)[2]
+            dense = raw_linear(
+                x, mu, rho, *biases, KEY, **options, kl=kl, grad_y=grad_y.contiguous(), grad_kl=grad_kl
+            )[2]
+            only_y = raw_linear(x, mu, rho, *biases, KEY, **options, kl=kl, grad_y=grad_y)[2]
+            only_kl = raw_linear(x, mu, rho, *biases, KEY, **options, kl=kl, grad_kl=grad_kl)[2]
+            no_x = raw_linear(
+                x, mu, rho, *biases, KEY, **options, kl=kl, grad_y=grad_y, grad_kl=grad_kl, need_grad_x=False
+            )[2]
+            for a, b in zip(given, dense):
+                assert torch.equal(a, b)
+            assert torch.equal(given[0], only_y[0])
+            assert only_kl[0].shape == no_x[0].shape == (0,)
+            for whole, part_y, part_kl, without_x in zip(given[1:], only_y[1:], only_kl[1:], no_x[1:]):
+                torch.testing.assert_close(whole, part_y + part_kl)
+                assert torch.equal(whole, without_x)
+                assert part_y.abs().sum() > 0 and part_kl.abs().sum() > 0
+
+
+@pytest.mark.parametrize("batch", [FUSED, DRAWN], ids=["fused", "drawn"])
+@pytest.mark.parametrize("kl", ["analytic", "sampled"])
+@pytest.mark.parametrize("scale", SCALES)
+def test_linear_pruned_weights(scale, kl, batch):
+    for n_samples in (1, 3):
+        mu, rho = posterior(9, 21)
+        bias_mu, bias_rho = posterior(9, seed=1)
+        pruned, bias_pruned = random(9, 21, seed=8) > 0, random(9, seed=9) > 0
+        rho[pruned], bias_rho[bias_pruned] = -math.inf, -math.inf
+        x = random(n_samples * batch, 21, seed=2)
+        check_linear(x, mu, rho, bias_mu, bias_rho, scale=scale, kl=kl, n_samples=n_samples)
+        gradients = raw_linear(
+            x,
+            mu,
+            rho,
+            bias_mu,
+            bias_rho,
+            KEY,
+            prior=Normal(),
+            bias_prior=Normal(),
+            scale=scale,
+            kl=kl,
+            n_samples=n_samples,
+            row_offset=0,
+            column_offset=0,
+            grad_y=random(n_samples * batch, 9),
+            grad_kl=torch.tensor(1.0),
+        )[2]
+        for gradient, mask in zip(gradients[1:], (pruned, pruned, bias_pruned, bias_pruned)):
+            assert torch.equal(gradient == 0, mask)
+
+
+@pytest.mark.parametrize("batch", [FUSED, DRAWN], ids=["fused", "drawn"])
+def test_linear_uses_the_weights_of_sample_normal(batch):
+    """Row by row with x the identity's rows: both regimes multiply by the very weights, bit for bit."""
+    mu, rho = posterior(24, 20)
+    drawn = functional.sample_normal(mu, rho, KEY, row_offset=2, column_offset=6)[0]
+    eye = torch.eye(20).repeat(batch // 20 + 1, 1)[:batch]
+    y, _ = functional.variational_linear(eye, mu, rho, None, None, KEY, row_offset=2, column_offset=6)
+    assert torch.equal(y, drawn.T.repeat(batch // 20 + 1, 1)[:batch])
+
+
+@pytest.mark.parametrize("inputs", [16, 4], ids=["fused", "drawn"])
+@pytest.mark.parametrize("kl", ["analytic", "sampled"])
+@pytest.mark.parametrize("scale", SCALES)
+def test_linear_gradcheck(scale, kl, inputs):
+    def run(*arguments):
+        return functional.variational_linear(
+            *arguments, KEY, prior=Normal(0.2, 0.7), scale=scale, kl=kl, n_samples=2
+        )
+
+    arguments = (
+        random(4, inputs, dtype=torch.float64),
+        *posterior(3, inputs, dtype=torch.float64),
+        *posterior(3, dtype=torch.float64, seed=1),
+    )
+    assert torch.autograd.gradcheck(run, [a.requires_grad_() for a in arguments])

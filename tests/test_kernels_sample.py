@@ -1,0 +1,204 @@
+"""The compiled sample_normal and kl_normal against the reference with the same key; the noise bit for bit."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from kernels import (
+    DTYPES,
+    KEY,
+    KLS,
+    OPS,
+    SCALES,
+    cast,
+    code,
+    judge,
+    make_prior,
+    one_thread,  # noqa: F401
+    posterior,
+    prior_arguments,
+    random,
+    raw_sample,
+)  # noqa: F401
+
+from bnn_fast import Normal, functional, reference
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (),
+        (0,),
+        (1,),
+        (5,),
+        (1023,),
+        (3, 1),
+        (1, 3),
+        (7, 127),
+        (2, 4097),
+        (0, 4),
+        (4, 0),
+        (3, 2, 5),
+        (2, 3, 4, 5),
+    ],
+    ids=str,
+)
+def test_noise_is_the_references_bit_for_bit(shape):
+    zero = torch.zeros(shape)
+    for n_samples, stream, row_offset, column_offset in (
+        (1, 0, 0, 0),
+        (3, 1, 2, 5),
+        (2, 7, 2**32 - 9, 2**32 - 3),
+    ):
+        for key in (KEY, torch.tensor([-1, 2**32 - 2]), torch.tensor([-(2**63), 0])):
+            w, _ = OPS._sample_normal(
+                zero, zero, key, None, None, 0.0, 1.0, 1, 0, n_samples, stream, row_offset, column_offset
+            )
+            expected, _ = reference.sample_normal(
+                zero,
+                zero,
+                key,
+                scale="exp",
+                kl=None,
+                n_samples=n_samples,
+                stream=stream,
+                row_offset=row_offset,
+                column_offset=column_offset,
+            )
+            assert w.shape == (n_samples, *shape)
+            assert torch.equal(w.view(torch.int32), expected.view(torch.int32))
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_sigma_is_within_4_ulp_of_the_references(scale):
+    low, high = {"softplus": (-87, 120), "exp": (-87, 87), "sqrt_exp": (-120, 120)}[scale]
+    rho = torch.linspace(low, high, 1_000_003)
+    zero = torch.zeros_like(rho)
+    w = functional.sample_normal(zero, rho, KEY, scale=scale, kl=None)[0]
+    eps = functional.sample_normal(zero, zero, KEY, scale="exp", kl=None)[0]
+    sigma = reference.sigma_of(rho, scale)
+    # w / eps is sigma, but for one more rounding, where w is neither denormal nor inf
+    inside = (w.abs() > 1e-36) & w.isfinite()
+    assert inside.float().mean() > 0.95
+    assert (w.double() / eps.double() / sigma.double() - 1)[inside].abs().max() <= 4.5 * 2.0**-23
+
+
+def plain_sample(mu, rho, *, prior, scale, kl, n_samples, grad_w, grad_kl, offsets=(0, 0)):
+    leaves = [t.detach().clone().requires_grad_() for t in (mu, rho)]
+    w, value = reference.sample_normal(
+        *leaves,
+        KEY,
+        prior=prior,
+        scale=scale,
+        kl=kl,
+        n_samples=n_samples,
+        row_offset=offsets[0],
+        column_offset=offsets[1],
+    )
+    outputs, grads = ([w], [grad_w]) if value is None else ([w, value], [grad_w, grad_kl])
+    return (w.detach(), None if value is None else value.detach()), torch.autograd.grad(
+        outputs, leaves, grads
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kl", KLS, ids=str)
+@pytest.mark.parametrize("scale", SCALES)
+def test_sample_normal(scale, kl, dtype):
+    for tensors, n_samples, offsets in itertools.product((False, True), (1, 3), ((0, 0), (3, 6))):
+        for shape in ((19, 37), (5,), (2, 3, 7), (), (0, 3)):
+            mu, rho = posterior(*shape, dtype=dtype)
+            prior = make_prior(tensors, *shape, dtype=dtype)
+            grad_kl = torch.tensor(0.3, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+            options = dict(scale=scale, kl=kl, n_samples=n_samples, offsets=offsets)
+            grad_w = random(n_samples, *shape, dtype=dtype, seed=5)
+            got = raw_sample(mu, rho, prior=prior, grad_w=grad_w, grad_kl=grad_kl if kl else None, **options)
+            plain = plain_sample(mu, rho, prior=prior, grad_w=grad_w, grad_kl=grad_kl, **options)
+            true = plain_sample(
+                mu.double(),
+                rho.double(),
+                prior=cast(prior, torch.float64),
+                grad_w=grad_w.double(),
+                grad_kl=grad_kl.double(),
+                **options,
+            )
+            for name, a, b, c in zip(
+                ("w", "kl", "mu", "rho"), (*got[0], *got[1]), (*plain[0], *plain[1]), (*true[0], *true[1])
+            ):
+                if b is None:
+                    assert a == 0
+                else:
+                    judge(f"{name} {shape} {options} {dtype}", a, b, c)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("scale", SCALES)
+def test_kl_normal(scale, dtype):
+    for tensors, shape in itertools.product(
+        (False, True), ((19, 37), (3, 1023), (5,), (2, 3, 7), (), (0, 3))
+    ):
+        mu, rho = posterior(*shape, dtype=dtype)
+        prior = make_prior(tensors, *shape, dtype=dtype)
+        for reduction in ("sum", "none"):
+            results = []
+            for mu_, rho_, prior_ in (
+                (mu, rho, prior),
+                (mu.double(), rho.double(), cast(prior, torch.float64)),
+            ):
+                leaves = mu_.clone().requires_grad_(), rho_.clone().requires_grad_()
+                value = reference.kl_normal(*leaves, prior=prior_, scale=scale, reduction=reduction)
+                grad = random(*value.shape, dtype=value.dtype, seed=6)
+                results.append((value.detach(), *torch.autograd.grad(value, leaves, grad)))
+            loc, sd, loc_number, sd_number = prior_arguments(prior)
+            tail = (mu, rho, loc, sd, loc_number, sd_number, code(SCALES, scale), reduction == "sum")
+            value = OPS._kl_normal(*tail)
+            grad = random(*value.shape, dtype=value.dtype, seed=6)
+            for name, a, b, c in zip(
+                ("kl", "mu", "rho"), (value, *OPS._kl_normal_backward(grad, *tail)), *results
+            ):
+                judge(f"{name} {shape} {reduction} {scale} {dtype}", a, b, c)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_kl_normal_over_the_whole_range_of_rho(scale):
+    high = 120.0 if scale == "softplus" else 40.0
+    rho = torch.cat([torch.linspace(-120, high, 5000), torch.tensor([-math.inf])])
+    mu = random(5001)
+    leaves = mu.double().requires_grad_(), rho.double().requires_grad_()
+    truth = reference.kl_normal(*leaves, scale=scale, reduction="none")
+    grads = torch.autograd.grad(truth.sum(), leaves)
+    tail = (mu, rho, None, None, 0.0, 1.0, code(SCALES, scale), False)
+    torch.testing.assert_close(OPS._kl_normal(*tail).double(), truth.detach(), rtol=1e-6, atol=1e-5)
+    for got, true in zip(OPS._kl_normal_backward(torch.ones(5001), *tail), grads):
+        torch.testing.assert_close(got.double(), true, rtol=2e-6, atol=1e-6)
+        assert got[-1] == 0
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("value_of_rho", [1e4, math.inf])
+def test_overflow_is_infinite_and_never_nan(value_of_rho, dtype, scale):
+    mu, rho = torch.zeros(3, 40, dtype=dtype), torch.full((3, 40), value_of_rho, dtype=dtype)
+    for kl in (1, 2):
+        w, value = OPS._sample_normal(mu, rho, KEY, None, None, 0.0, 1.0, code(SCALES, scale), kl, 2, 0, 0, 0)
+        assert not w.isnan().any() and not value.isnan()
+        if scale != "softplus" or value_of_rho == math.inf:
+            assert w.isinf().all() and value == math.inf
+    elements = OPS._kl_normal(mu, rho, None, None, 0.0, 1.0, code(SCALES, scale), False)
+    assert not elements.isnan().any()
+
+
+@pytest.mark.parametrize("kl", ["analytic", "sampled"])
+@pytest.mark.parametrize("scale", SCALES)
+def test_sample_normal_and_kl_normal_gradcheck(scale, kl):
+    def run(mu, rho):
+        return (
+            *functional.sample_normal(mu, rho, KEY, prior=Normal(0.2, 0.7), scale=scale, kl=kl, n_samples=2),
+            functional.kl_normal(mu, rho, scale=scale),
+            functional.kl_normal(mu, rho, scale=scale, reduction="none"),
+        )
+
+    assert torch.autograd.gradcheck(run, [p.requires_grad_() for p in posterior(3, 7, dtype=torch.float64)])
