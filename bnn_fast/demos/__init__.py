@@ -1,0 +1,1 @@
+"""Networks trained from start to finish: `python -m bnn_fast.demos --help`."""
