@@ -96,7 +96,7 @@ def _key(layer: VariationalLayer, record: Record | None) -> tuple[Tensor, int]:
 
 
 def _analytic(pair: Pair, scale: str) -> autograd.Call | Tensor:
-    if autograd.transformed() or not ops.HAS_EXTENSION:
+    if autograd.transformed() or not ops.compiled_for(pair.mu.device):
         return functional.kl_normal(pair.mu, pair.rho, prior=pair.prior, scale=scale)
     prior = functional.prior_arguments(pair.prior)
     return autograd.kl_call((pair.mu, pair.rho, *prior, checks.SCALES[scale], True))

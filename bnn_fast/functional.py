@@ -53,7 +53,7 @@ def variational_linear(
     checks.key(key, weight_mu)
     x = autocast(x)
     checks.linear_input(x, weight_mu, n_samples)
-    if not ops.HAS_EXTENSION:
+    if not ops.compiled_for(x.device):
         return plain_linear(
             x, weight_mu, weight_rho, bias_mu, bias_rho, key, prior=prior, bias_prior=bias_prior, scale=scale,
             kl=kl, n_samples=n_samples, row_offset=row_offset, column_offset=column_offset)
@@ -79,7 +79,7 @@ def sample_normal(
     require_normal("prior", prior)
     checks.parameter_pair("", mu, rho, prior)
     checks.key(key, mu)
-    if not ops.HAS_EXTENSION:
+    if not ops.compiled_for(mu.device):
         return reference.sample_normal(
             mu, rho, key, prior=prior, scale=scale, kl=kl, n_samples=n_samples, stream=stream,
             row_offset=row_offset, column_offset=column_offset)
@@ -103,7 +103,7 @@ def kl_normal(mu: Tensor, rho: Tensor, *, prior: Normal = Normal(0.0, 1.0), scal
     checks.choice("reduction", reduction, checks.REDUCTIONS)
     require_normal("prior", prior)
     checks.parameter_pair("", mu, rho, prior)
-    if not ops.HAS_EXTENSION:
+    if not ops.compiled_for(mu.device):
         return reference.kl_normal(mu, rho, prior=prior, scale=scale, reduction=reduction)
     arguments = (mu, rho, *prior_arguments(prior), scale_code, reduction != "none")
     if autograd.transformed():

@@ -13,6 +13,12 @@ from ._build import EXTENSION_ERROR
 
 HAS_EXTENSION = EXTENSION_ERROR is None
 
+
+def compiled_for(device: torch.device) -> bool:
+    """Whether tensors on `device` have compiled operators; elsewhere the plain twin (reference.py) runs, with the same noise."""
+    return HAS_EXTENSION and device.type in ("cpu", "meta")
+
+
 if HAS_EXTENSION:
     sample_normal = torch.ops.bnn_fast._sample_normal.default
     sample_normal_backward = torch.ops.bnn_fast._sample_normal_backward.default

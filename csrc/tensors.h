@@ -39,16 +39,19 @@ template <class... Args> Tensor aten(const char* name, const char* overload, con
 inline Tensor empty_of(const Tensor& like, const Shape& shape, ScalarType dtype) {
   return torch::stable::new_empty(like, shape, dtype);
 }
-inline Tensor reshaped(const Tensor& t, const Shape& shape) { return aten("aten::reshape", "", t, shape); }
 
 // The stable ABI passes Scalar arguments to few operators; subtract is one, add is not.
 inline Tensor add(const Tensor& a, const Tensor& b) { return torch::stable::subtract(a, b, -1.0); }
 
-// Detached, so that no operator called on it records a gradient.
-inline Tensor dense(const Tensor& t) {
-  Tensor plain = aten("aten::detach", "", t);
-  return plain.is_contiguous() ? plain : torch::stable::contiguous(plain);
+// Calls of ATen cost about a microsecond each, much beside a small layer: none is made where there is nothing to do.
+inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
+inline Tensor reshaped(const Tensor& t, const Shape& shape) {
+  return shape_of(t) == shape ? t : aten("aten::reshape", "", t, shape);
 }
+
+// For tensors that go on into ATen: detached, so that no gradient is recorded there.
+inline Tensor dense_detached(const Tensor& t) { return dense(aten("aten::detach", "", t)); }
 
 inline Type type_of_tensor(const Tensor& t, const char* name) {
   switch (t.scalar_type()) {

@@ -69,7 +69,7 @@ class VariationalLinear(VariationalLayer):
         checks.linear_input(x, weight_mu, mode.n_samples)
         gradients = torch.is_grad_enabled()
         with_kl = gradients and not recomputed and not functorch
-        if not ops.HAS_EXTENSION:
+        if not ops.compiled_for(weight_mu.device):
             y, kl = functional.plain_linear(x, *parameters, key, prior=self.prior, bias_prior=self.bias_prior,
                                             scale=self.scale, kl=None, n_samples=mode.n_samples)
         else:

@@ -8,9 +8,13 @@
 namespace bnn_fast {
 namespace {
 
-// The fused regime's products run at a fraction of the GEMM's rate, and it saves writing and reading the weights: it pays
-// while there are few rows for each weight. Measured on two cores with AVX-512 (benchmarks/regimes.py).
-bool use_fused(int64_t batch) { return batch <= 32; }
+// Fused saves writing and reading the weights, but its products run at a part of the GEMM's rate: it pays while there are few
+// rows for each weight, and few are fewer where the weights stay in the cache anyway. Measured on two cores with AVX-512,
+// forward and backward: fused over drawn is 0.7 to 0.9 up to batch 128 from 256 x 256 weights on, with the crossing near
+// 256; below, it crosses 1 between 32 and 64.
+bool use_fused(const Posterior& weight, int64_t batch) {
+  return batch <= (weight.rows * weight.columns >= 1 << 15 ? 128 : 32);
+}
 
 struct LinearArguments {
   PosteriorTensors weight;
@@ -103,33 +107,31 @@ int64_t block_rows(const Posterior& p, int64_t samples) {
   return rows < 1 ? 1 : rows > p.rows ? p.rows : rows;
 }
 
+// x [samples * batch, in], bias [samples, out]; y comes out as [samples, batch, out], or [batch, out] for one sample.
 double drawn_forward(const LinearArguments& a, const Tensor& x, const OptionalTensor& bias, int64_t batch, Tensor& y) {
   const Posterior& p = a.weight.view;
+  Type type = type_of_tensor(x, "x");
+  if (a.samples == 1) {
+    Tensor weight = empty_large(x, {p.rows, p.columns}, x.scalar_type());
+    double kl = sample(p, a.divergence, 1, weight.mutable_data_ptr(), type);
+    y = aten("aten::linear", "", x, weight, bias ? OptionalTensor(reshaped(*bias, {p.rows})) : OptionalTensor());
+    return kl;
+  }
   int64_t rows = block_rows(p, a.samples);
-  Tensor buffer = empty_large(x, {a.samples, rows, p.columns}, x.scalar_type());
   Tensor inputs = reshaped(x, {a.samples, batch, p.columns});
+  y = empty_of(x, {a.samples, batch, p.rows}, x.scalar_type());
   double kl = 0;
   for (int64_t r = 0; r < p.rows; r += rows) {
     int64_t count = r + rows < p.rows ? rows : p.rows - r;
-    Tensor weight = count == rows ? buffer : empty_of(x, {a.samples, count, p.columns}, x.scalar_type());
-    kl += sample(p.slice(r, count), a.divergence, a.samples, weight.mutable_data_ptr(), type_of_tensor(x, "x"));
-    if (a.samples == 1) {
-      y = aten("aten::linear", "", reshaped(x, {batch, p.columns}), reshaped(weight, {count, p.columns}),
-               bias ? OptionalTensor(reshaped(*bias, {count})) : OptionalTensor());
-      continue;
-    }
-    Tensor transposed = torch::stable::transpose(weight, 1, 2);
-    Tensor products = aten("aten::bmm", "", inputs, transposed);
+    Tensor weight = empty_large(x, {a.samples, count, p.columns}, x.scalar_type());
+    kl += sample(p.slice(r, count), a.divergence, a.samples, weight.mutable_data_ptr(), type);
+    Tensor products = aten("aten::bmm", "", inputs, torch::stable::transpose(weight, 1, 2));
     if (bias) {
       Tensor all = reshaped(*bias, {a.samples, 1, p.rows});
       products = add(products, torch::stable::narrow(all, 2, r, count));
     }
-    if (count == p.rows) {
-      y = products;
-    } else {
-      Tensor part = torch::stable::narrow(y, 2, r, count);
-      torch::stable::copy_(part, products);
-    }
+    Tensor part = torch::stable::narrow(y, 2, r, count);
+    torch::stable::copy_(part, products);
   }
   return kl;
 }
@@ -143,7 +145,7 @@ std::tuple<Tensor, Tensor> variational_linear(const Tensor x, const Tensor weigh
   LinearArguments a(weight_mu, weight_rho, bias_mu, bias_rho, key, {weight_loc, weight_sd, loc, sd},
                     {bias_loc, bias_sd, bias_loc_number, bias_sd_number}, scale, kl, n_samples, row_offset, column_offset);
   int64_t batch = a.check_input(x);
-  bool fused = use_fused(batch);
+  bool fused = use_fused(a.weight.view, batch);
   Tensor rows = dense(x);
   Shape shape = shape_of(x);
   shape.back() = a.outputs();
@@ -160,7 +162,7 @@ std::tuple<Tensor, Tensor> variational_linear(const Tensor x, const Tensor weigh
     y = empty_of(x, shape, x.scalar_type());
     sum += fused_forward(a, rows, bias ? bias->const_data_ptr() : nullptr, batch, y);
   } else {
-    if (n_samples > 1 || a.outputs() == 0) y = empty_of(x, {n_samples, batch, a.outputs()}, x.scalar_type());
+    rows = reshaped(dense_detached(x), {n_samples * batch, a.inputs()});
     sum += drawn_forward(a, rows, bias, batch, y);
     y = reshaped(y, shape);
   }
@@ -188,10 +190,11 @@ void fused_backward(const LinearArguments& a, const Tensor& x, const Tensor& gra
   const Posterior& p = a.weight.view;
   int64_t all = a.samples * batch;
   ScalarType type = compute_type(x.scalar_type());
-  Tensor by_output = torch::stable::contiguous(
-      torch::stable::to(torch::stable::transpose(reshaped(grad_y, {all, p.rows}), 0, 1), type));
+  Tensor outputs = torch::stable::transpose(reshaped(dense_detached(grad_y), {all, p.rows}), 0, 1);
+  if (outputs.scalar_type() != type) outputs = torch::stable::to(outputs, type);
+  Tensor by_output = dense(outputs);
   Packed packed(x, p, all);
-  packed.fill_from(x);
+  packed.fill_from(dense(x));
   std::optional<Packed> back;
   if (need_x) back.emplace(x, p, all);
   LinearBackward problem{p,
@@ -218,32 +221,42 @@ void fused_backward(const LinearArguments& a, const Tensor& x, const Tensor& gra
 void drawn_backward(const LinearArguments& a, const Tensor& x, const Tensor& grad_y, const KlGradient& grad_kl, bool need_x,
                     int64_t batch, LinearGradients& grads, Tensor& grad_bias) {
   const Posterior& p = a.weight.view;
-  int64_t rows = block_rows(p, a.samples);
   Type type = type_of_tensor(x, "x");
-  Tensor inputs = reshaped(x, {a.samples, batch, p.columns}), outputs = reshaped(grad_y, {a.samples, batch, p.rows});
-  // With one sample the weights, then their gradient, can stand where the gradient of rho will be.
-  Tensor buffer = a.samples == 1 && type == p.type ? reshaped(grads.weight_rho, {1, p.rows, p.columns})
-                                                   : empty_large(x, {a.samples, rows, p.columns}, x.scalar_type());
-  if (need_x && p.rows == 0) {
-    grads.x = empty_of(x, shape_of(x), x.scalar_type());
-    torch::stable::zero_(grads.x);
+  int64_t all = a.samples * batch;
+  Tensor inputs = reshaped(dense_detached(x), {all, p.columns}), outputs = reshaped(dense_detached(grad_y), {all, p.rows});
+  auto put_together = [&](const Posterior& part, const Tensor& grad_weight, int64_t offset) {
+    run_spans(cpu_kernels().sample_backward,
+              SampleBackward{part, static_cast<int>(a.divergence), a.samples, grad_weight.const_data_ptr(), type, grad_kl,
+                             static_cast<char*>(grads.weight_mu.mutable_data_ptr()) + offset,
+                             static_cast<char*>(grads.weight_rho.mutable_data_ptr()) + offset});
+  };
+  if (a.samples == 1) {
+    // The weights, then their gradient, can stand where the gradient of rho will be.
+    Tensor weight = type == p.type ? grads.weight_rho : empty_large(x, {p.rows, p.columns}, x.scalar_type());
+    if (need_x) {
+      sample(p, kNone, 1, weight.mutable_data_ptr(), type);
+      grads.x = reshaped(aten("aten::mm", "", outputs, weight), shape_of(x));
+    }
+    aten("aten::mm", "out", torch::stable::transpose(outputs, 0, 1), inputs, weight);
+    put_together(p, weight, 0);
+    grad_bias = torch::stable::sum(outputs, Shape{0});
+    return;
   }
+  int64_t rows = block_rows(p, a.samples);
+  inputs = reshaped(inputs, {a.samples, batch, p.columns});
+  outputs = reshaped(outputs, {a.samples, batch, p.rows});
+  if (need_x) grads.x = torch::stable::new_zeros(x, {a.samples, batch, p.columns});
   for (int64_t r = 0; r < p.rows; r += rows) {
     int64_t count = r + rows < p.rows ? rows : p.rows - r;
     Posterior part = p.slice(r, count);
-    Tensor weight = count == rows ? buffer : empty_of(x, {a.samples, count, p.columns}, x.scalar_type());
+    Tensor weight = empty_large(x, {a.samples, count, p.columns}, x.scalar_type());
     Tensor columns = torch::stable::narrow(outputs, 2, r, count);
     if (need_x) {
       sample(part, kNone, a.samples, weight.mutable_data_ptr(), type);
-      Tensor products = aten("aten::bmm", "", columns, weight);
-      grads.x = r ? add(grads.x, products) : products;
+      grads.x = add(grads.x, aten("aten::bmm", "", columns, weight));
     }
     aten("aten::bmm", "out", torch::stable::transpose(columns, 1, 2), inputs, weight);
-    int64_t offset = r * p.columns * size_of(p.type);
-    run_spans(cpu_kernels().sample_backward,
-              SampleBackward{part, static_cast<int>(a.divergence), a.samples, weight.const_data_ptr(), type, grad_kl,
-                             static_cast<char*>(grads.weight_mu.mutable_data_ptr()) + offset,
-                             static_cast<char*>(grads.weight_rho.mutable_data_ptr()) + offset});
+    put_together(part, weight, r * p.columns * size_of(p.type));
   }
   if (need_x) grads.x = reshaped(grads.x, shape_of(x));
   grad_bias = torch::stable::sum(outputs, Shape{1});
@@ -271,8 +284,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> variational_linear_backward(
     shape.back() = a.outputs();
     STD_TORCH_CHECK(shape_of(*grad_y) == shape && grad_y->scalar_type() == x->scalar_type(), "grad_y has shape ",
                     describe(shape_of(*grad_y)), ", expected ", describe(shape), " and x's dtype");
-    auto backward = use_fused(batch) ? fused_backward : drawn_backward;
-    backward(a, dense(*x), dense(*grad_y), k, need_grad_x, batch, grads, grad_bias);
+    auto backward = use_fused(p, batch) ? fused_backward : drawn_backward;
+    backward(a, *x, *grad_y, k, need_grad_x, batch, grads, grad_bias);
   } else {
     run_spans(cpu_kernels().sample_backward,
               SampleBackward{p, static_cast<int>(kl), n_samples, nullptr, p.type, k, grads.weight_mu.mutable_data_ptr(),

@@ -1,0 +1,74 @@
+"""What needs a GPU: the CUDA kernel's bits, torch's current stream, CUDA graphs, layers on CUDA tensors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import bnn_fast as bf
+from bnn_fast import ops
+
+OPTIONS = (None, None, 0.1, 0.7)
+
+
+def test_only_cpu_and_meta_tensors_have_all_the_compiled_operators():
+    assert not ops.compiled_for(torch.device("cuda"))
+    assert ops.compiled_for(torch.device("cpu")) == ops.compiled_for(torch.device("meta")) == ops.HAS_EXTENSION
+
+
+def inputs(rows: int = 33, columns: int = 1023):
+    generator = torch.Generator().manual_seed(0)
+    mu, rho = torch.randn(2, rows, columns, generator=generator).unbind()
+    rho[0, 0] = -torch.inf
+    return mu, rho, torch.tensor([-123456789123456789, 7])
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("kl", [0, 1, 2])
+@pytest.mark.parametrize("scale", [0, 1, 2])
+def test_sample_normal_has_the_bits_of_the_cpu(scale, kl):
+    tensors = inputs()
+    tail = (*OPTIONS, scale, kl, 3, 1, 5, 6)
+    weight, value = torch.ops.bnn_fast._sample_normal(*tensors, *tail)
+    on_gpu, value_on_gpu = torch.ops.bnn_fast._sample_normal(*(t.cuda() for t in tensors), *tail)
+    assert torch.equal(on_gpu.cpu().view(torch.int32), weight.view(torch.int32))
+    assert value_on_gpu.item() == pytest.approx(value.item(), rel=1e-6)
+
+
+@pytest.mark.cuda
+def test_kernels_run_on_the_current_stream():
+    mu, rho, key = (t.cuda() for t in inputs(2048, 4096))
+    tail = (*OPTIONS, 0, 1, 1, 0, 0, 0)
+    expected, _ = torch.ops.bnn_fast._sample_normal(mu * 2, rho, key, *tail)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(10_000_000)
+        doubled = mu * 2  # on the default stream the kernel would read this before it is written
+        weight, _ = torch.ops.bnn_fast._sample_normal(doubled, rho, key, *tail)
+    stream.synchronize()
+    assert torch.equal(weight, expected)
+
+
+@pytest.mark.cuda
+def test_a_cuda_graph_draws_afresh_at_every_replay():
+    layer = bf.VariationalLinear(64, 32, device="cuda")
+    x = torch.randn(8, 64, device="cuda")
+    with torch.no_grad():
+        layer(x)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = layer(x)
+        graph.replay()
+        first = y.clone()
+        graph.replay()
+    assert not torch.equal(first, y)
+
+
+@pytest.mark.cuda
+def test_a_layer_draws_on_cuda_what_it_draws_on_the_cpu():
+    layer = bf.VariationalLinear(127, 33)
+    on_cpu = bf.draw(layer, seed=3)
+    on_gpu = bf.draw(layer.cuda(), seed=3)
+    torch.testing.assert_close(on_gpu.weight.cpu(), on_cpu.weight, rtol=1e-6, atol=1e-7)
+    layer(torch.randn(5, 127, device="cuda")).sum().backward()
+    assert layer.weight_rho.grad.isfinite().all() and bf.kl_divergence(layer).item() > 0
