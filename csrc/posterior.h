@@ -21,6 +21,12 @@ template <class F> struct Spread {
   F sigma, log_sigma, d_sigma, d_log_sigma;
 };
 
+// Far below zero log(log(1 + e^rho)) = rho - e^rho / 2 + ..., and e^rho / 2 is less than half an ulp of rho.
+template <class F> BNN_FN auto in_tail(F rho) {
+  using Scalar = typename Lane<F>::Scalar;
+  return rho < Scalar(sizeof(Scalar) == 4 ? -16 : -37);
+}
+
 template <int scale, class F> BNN_FN Spread<F> spread(F rho) {
   using Scalar = typename Lane<F>::Scalar;
   Spread<F> s;
@@ -30,8 +36,7 @@ template <int scale, class F> BNN_FN Spread<F> spread(F rho) {
     F t = exp_lane(-abs_lane(rho));
     s.sigma = select(rho > Scalar(0), rho, zero) + log1p_lane(t);
     s.d_sigma = select(rho < Scalar(0), t, one) / (one + t);
-    // Far below zero log sigma = rho - t/2 + ..., and t/2 is less than half an ulp of rho.
-    auto tail = rho < Scalar(sizeof(Scalar) == 4 ? -16 : -37);
+    auto tail = in_tail(rho);
     s.log_sigma = select(tail, rho, log_lane(s.sigma));
     s.d_log_sigma = select(tail, one, s.d_sigma / s.sigma);
   } else {
@@ -44,6 +49,18 @@ template <int scale, class F> BNN_FN Spread<F> spread(F rho) {
     s.d_log_sigma = splat<F>(power);
   }
   return s;
+}
+
+// log sigma as log(factor) + term, so that several sigmas can share one logarithm. A factor is at least 1e-7; where their
+// product overflows, sigma^2 in the KL is beside it by many orders of magnitude.
+template <class F> struct LogSigma {
+  F factor, term;
+};
+
+template <int scale, class F> BNN_FN LogSigma<F> split_log(F rho, const Spread<F>& s) {
+  if constexpr (scale != kSoftplus) return {splat<F>(1), s.log_sigma};
+  auto tail = in_tail(rho);
+  return {select(tail, splat<F>(1), s.sigma), select(tail, rho, splat<F>(0))};
 }
 
 // rho = -inf

@@ -182,36 +182,26 @@ BNN_FN float sum_lanes(f32x16 x) {
 }
 #endif
 
-// A sum of floats kept in double, lane by lane.
-template <class F> struct DoubleSum {
+// A sum in a fixed order: scalars in double, vectors compensated lane by lane (Kahan, "Further remarks on reducing
+// truncation errors", 1965), which is cheaper than widening them.
+template <class F> struct Sum {
+  F sum = {}, lost = {};
+  BNN_FN void add(F x) {
+    F corrected = x - lost, next = sum + corrected;
+    F error = (next - sum) - corrected;
+    lost = select(error == error, error, F{});  // an infinite sum stays infinite
+    sum = next;
+  }
+  BNN_FN double total() const {
+    double all = 0;
+    for (int i = 0; i < Lane<F>::width; ++i) all += static_cast<double>(sum[i]) - static_cast<double>(lost[i]);
+    return all;
+  }
+};
+template <class F> requires(Lane<F>::width == 1) struct Sum<F> {
   double sum = 0;
   BNN_FN void add(F x) { sum += x; }
   BNN_FN double total() const { return sum; }
 };
-
-#if BNN_FAST_VECTOR_BITS >= 256
-template <> struct DoubleSum<f32x8> {
-  __m256d low = {}, high = {};
-  BNN_FN void add(f32x8 x) {
-    low = _mm256_add_pd(low, _mm256_cvtps_pd(_mm256_castps256_ps128((__m256)x)));
-    high = _mm256_add_pd(high, _mm256_cvtps_pd(_mm256_extractf128_ps((__m256)x, 1)));
-  }
-  BNN_FN double total() const {
-    double lanes[4];
-    _mm256_storeu_pd(lanes, _mm256_add_pd(low, high));
-    return (lanes[0] + lanes[1]) + (lanes[2] + lanes[3]);
-  }
-};
-
-template <> struct DoubleSum<f32x16> {
-  DoubleSum<f32x8> low, high;
-  BNN_FN void add(f32x16 x) {
-    Halves<f32x8, f32x16> h = bit_cast<Halves<f32x8, f32x16>>(x);
-    low.add(h.low);
-    high.add(h.high);
-  }
-  BNN_FN double total() const { return low.total() + high.total(); }
-};
-#endif
 
 BNN_FAST_END

@@ -51,7 +51,7 @@ inline void multiply_tile(const ScalarOf<F>* w, const ScalarOf<F>* x, int64_t st
 
 template <class F, int R>
 inline void forward_rows(const LinearForward& problem, int64_t row, PriorSpan<F>& prior, const SpanNoise& noise,
-                         ScalarOf<F>* sigma, ScalarOf<F>* log_sigma, F* sums, DoubleSum<F>& kl) {
+                         ScalarOf<F>* sigma, ScalarOf<F>* log_sigma, F* sums, Sum<F>& kl) {
   using S = ScalarOf<F>;
   constexpr int W = Lane<F>::width;
   const Posterior& p = problem.weight;
@@ -110,7 +110,7 @@ template <class F> inline void linear_forward(const LinearForward& problem, int6
   auto log_sigma = aligned_array<ScalarOf<F>>(problem.divergence == kSampled ? size : 0);
   auto sums = aligned_array<F>(problem.batch * kRowBlock);
   for (int64_t t = task_begin; t < task_end; ++t) {
-    DoubleSum<F> kl;
+    Sum<F> kl;
     int64_t row = t * kRowBlock;
     if (row + kRowBlock <= p.rows) {
       forward_rows<F, kRowBlock>(problem, row, prior, noise, sigma.get(), log_sigma.get(), sums.get(), kl);
@@ -146,6 +146,16 @@ BNN_FN void outer_tile(const ScalarOf<F>* w, const ScalarOf<F>* g, const ScalarO
   }
 }
 
+// The same span of a later row: rows are far apart in memory, where the processor's own prefetching does not follow.
+BNN_FN void prefetch_span(const Posterior& p, const Span& span, int64_t rows_ahead) {
+  if (span.row + rows_ahead >= p.rows) return;
+  int64_t begin = ((span.row + rows_ahead) * p.columns + span.first) * size_of(p.type);
+  for (int64_t b = 0; b < span.width * size_of(p.type); b += 64) {
+    __builtin_prefetch(static_cast<const char*>(p.mu) + begin + b);
+    __builtin_prefetch(static_cast<const char*>(p.rho) + begin + b);
+  }
+}
+
 // grad_x points at the first vector of the task's columns [begin, end), or is null.
 template <class F, int R>
 inline void backward_rows(const LinearBackward& problem, int64_t row, int64_t begin, int64_t end, ScalarOf<F>* grad_x,
@@ -159,6 +169,7 @@ inline void backward_rows(const LinearBackward& problem, int64_t row, int64_t be
   for (int r = 0; r < R; ++r) {
     spans[r] = span_at(p, row + r, begin, end);
     gradient[r].move_to(spans[r]);
+    prefetch_span(p, spans[r], R);
   }
   for (int64_t s = 0; s < problem.samples; ++s) {
     for (int r = 0; r < R; ++r) gradient[r].draw(spans[r], s, eps + r * kTile, weight + r * kTile);

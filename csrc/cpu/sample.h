@@ -14,15 +14,22 @@ BNN_FAST_BEGIN
 // Sigma over a span, and the analytic KL of its elements where it is asked for. Pruned and padded elements add nothing.
 template <class F>
 inline void sigma_span(const Posterior& p, int divergence, const ScalarOf<F>* mu, const ScalarOf<F>* rho, int width,
-                       PriorSpan<F>& prior, ScalarOf<F>* sigma, ScalarOf<F>* log_sigma, DoubleSum<F>& kl) {
+                       PriorSpan<F>& prior, ScalarOf<F>* sigma, ScalarOf<F>* log_sigma, Sum<F>& kl) {
   constexpr int W = Lane<F>::width;
   with_scale(p.scale, [&]<int scale>() {
     if (divergence == kAnalytic) {
-      for (int i = 0; i < width; i += W) {
-        F r = load<F>(rho + i);
-        Spread<F> s = spread<scale>(r);
-        store<F>(sigma + i, s.sigma);
-        kl.add(select(is_pruned(r), splat<F>(0), kl_analytic(load<F>(mu + i), s, prior.at(i))));
+      for (int group = 0; group < width; group += 4 * W) {  // four vectors share one logarithm
+        F product = splat<F>(1), elements = splat<F>(0);
+        for (int i = group; i < group + 4 * W; i += W) {
+          F r = load<F>(rho + i);
+          Spread<F> s = spread<scale>(r);
+          LogSigma<F> log_sigma = split_log<scale>(r, s);
+          store<F>(sigma + i, s.sigma);
+          product *= log_sigma.factor;
+          F element = kl_analytic(load<F>(mu + i), s.sigma, log_sigma.term, prior.at(i));
+          elements += select(is_pruned(r), splat<F>(0), element);
+        }
+        kl.add(scale == kSoftplus ? elements - log_lane(product) : elements);
       }
     } else if (divergence == kSampled) {
       for (int i = 0; i < width; i += W) {
@@ -40,7 +47,7 @@ inline void sigma_span(const Posterior& p, int divergence, const ScalarOf<F>* mu
 template <class F>
 inline void draw_span(const SpanNoise& noise, const Span& span, int64_t sample, int divergence, const ScalarOf<F>* mu,
                       const ScalarOf<F>* rho, const ScalarOf<F>* sigma, const ScalarOf<F>* log_sigma, PriorSpan<F>& prior,
-                      ScalarOf<F>* weight, DoubleSum<F>& kl) {
+                      ScalarOf<F>* weight, Sum<F>& kl) {
   noise.draw<F>(span, sample, [&](int i, F eps) __attribute__((always_inline)) {
     F w = fma_lane(load<F>(sigma + i), eps, load<F>(mu + i));
     store<F>(weight + i, w);
@@ -70,7 +77,7 @@ template <class F> inline void sample_forward(const SampleForward& problem, int6
   int64_t stride = p.rows * p.columns * size_of(problem.weight_type);
   Tile<F> mu_scratch, rho_scratch, sigma, log_sigma, weight_scratch;
   for (int64_t t = task_begin; t < task_end; ++t) {
-    DoubleSum<F> kl;
+    Sum<F> kl;
     for_spans<F>(p, t, [&](const Span& span) {
       const auto* mu = load_span<F>(p.mu, p.type, p.columns, span, 0, mu_scratch);
       const auto* rho = load_span<F>(p.rho, p.type, p.columns, span, -INFINITY, rho_scratch);
