@@ -6,7 +6,12 @@
 #include <new>
 
 #if defined(__x86_64__)
+#include <immintrin.h>
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
 #pragma GCC target("avx2,fma")
+#endif
 #define BNN_FAST_ISA avx2x16
 #define BNN_FAST_VECTOR_BITS 256
 #include "isa.h"
@@ -14,4 +19,8 @@
 namespace bnn_fast {
 extern const CpuKernels kernels_avx2x16 = avx2x16::make_kernels<avx2x16::f32x16>("avx2x16");
 }  // namespace bnn_fast
+
+#ifdef __clang__
+#pragma clang attribute pop
+#endif
 #endif

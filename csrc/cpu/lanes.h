@@ -6,8 +6,10 @@
 #pragma once
 
 #pragma GCC diagnostic ignored "-Wpsabi"  // everything here is inlined: no vector crosses a call
+#ifndef __clang__
 #pragma GCC diagnostic ignored "-Wuninitialized"        // GCC 12's AVX-512 headers
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // (GCC bug 105593)
+#endif
 
 #include "../lane.h"
 
