@@ -10,6 +10,8 @@ PIP     := $(PY) -m pip --disable-pip-version-check
 SOURCES := setup.py pyproject.toml bnn_fast/_version.py $(shell find csrc -type f)
 SETTINGS := $(TORCH) cuda=$(BNN_FAST_CUDA) architectures=$(TORCH_CUDA_ARCH_LIST)
 
+export BNN_FAST_STRICT ?= 1
+
 .PHONY: build demo test slow clean FORCE
 .DELETE_ON_ERROR:
 

@@ -29,7 +29,7 @@ def test_cases_are_timed_in_turn_and_the_device_waited_for():
 
     cases = {"a": case("a"), "b": case("b")}
     interleaved(cases, seconds=0.0, rounds=3, synchronize=lambda: order.append("wait"))
-    turns = ["wait", "a", "wait", "wait", "b", "wait"]
+    turns = ["a", "wait", "a", "wait", "b", "wait", "b", "wait"]  # each once before its time is taken
     assert order == turns * 5  # twice to warm up, three rounds
 
 

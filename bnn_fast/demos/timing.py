@@ -17,12 +17,13 @@ class Times(NamedTuple):
 
 def interleaved(cases: dict[str, Callable[[], object]], seconds: float = 2.0, rounds: int = 9,
                 synchronize: Callable[[], object] = lambda: None) -> dict[str, Times]:
-    """Time the cases in turn, for at least so many rounds and seconds in all, after two calls to warm up.
+    """Time the cases in turn, for at least so many rounds and seconds in all, after two rounds to warm up.
 
-    A case that takes less than a millisecond is called several times a round. `synchronize` waits for the
-    device.
+    A case that takes less than a millisecond is called several times a round, and once before its time is
+    taken, so that it does not pay for what the case before it left in the caches. `synchronize` waits for the device.
     """
     def run(case, calls):
+        case()
         synchronize()
         start = time.perf_counter()
         for _ in range(calls):
