@@ -87,8 +87,7 @@ struct PriorArguments {
 // A posterior with the contiguous tensors that its pointers look into.
 struct PosteriorTensors {
   Tensor mu, rho;
-  OptionalTensor loc, scale;
-  Tensor key;
+  OptionalTensor loc, scale, key;
   Posterior view;
 };
 
@@ -101,7 +100,7 @@ inline PosteriorTensors make_posterior(const Tensor& mu, const Tensor& rho, cons
   STD_TORCH_CHECK(scale >= 0 && scale <= 2, "scale is ", scale, ", expected 0 (softplus), 1 (exp) or 2 (sqrt_exp)");
   STD_TORCH_CHECK(row_offset >= 0 && column_offset >= 0, "row_offset and column_offset are ", row_offset, " and ",
                   column_offset, ", expected no negative number");
-  PosteriorTensors p{dense(mu), dense(rho), std::nullopt, std::nullopt, mu, {}};
+  PosteriorTensors p{dense(mu), dense(rho), std::nullopt, std::nullopt, std::nullopt, {}};
   if (prior.loc_tensor) p.loc = dense(*prior.loc_tensor);
   if (prior.scale_tensor) p.scale = dense(*prior.scale_tensor);
   int64_t rows = mu.dim() > 1 ? mu.size(0) : 1;
@@ -116,7 +115,7 @@ inline PosteriorTensors make_posterior(const Tensor& mu, const Tensor& rho, cons
     STD_TORCH_CHECK(key->is_cpu() == mu.is_cpu() && key->get_device_index() == mu.get_device_index(),
                     "key and mu are on different devices");
     p.key = dense(*key);
-    key_data = static_cast<const int64_t*>(p.key.const_data_ptr());
+    key_data = static_cast<const int64_t*>(p.key->const_data_ptr());
   }
   p.view = Posterior{rows,
                      columns,
