@@ -100,16 +100,18 @@ def allocated(function) -> int:
     return peak
 
 
-@pytest.mark.parametrize("batch, buffers", [(8, 0), (256, 1)])
-def test_no_weight_sized_memory_beyond_gradients_and_one_buffer(batch, buffers):
-    rows = columns = 1024
+@pytest.mark.parametrize("batch, samples, buffers", [(8, 1, 0), (8, 4, 0), (130, 1, 1), (130, 4, 1)])
+def test_no_weight_sized_memory_beyond_gradients_and_one_buffer(batch, samples, buffers):
+    rows = columns = 4096
     weights = rows * columns * 4
     mu, rho = torch.randn(rows, columns), torch.full((rows, columns), -3.0)
-    x, grad_y, grad_kl = torch.randn(batch, columns), torch.randn(batch, rows), torch.tensor(0.5)
+    n = samples * batch
+    x, grad_y, grad_kl = torch.randn(n, columns), torch.randn(n, rows), torch.tensor(0.5)
     key = torch.tensor([5, 0])
-    options = (None, None, key, None, None, None, None, 0.0, 1.0, 0.0, 1.0, 0, 1, 1, 0, 0)
+    options = (None, None, key, None, None, None, None, 0.0, 1.0, 0.0, 1.0, 0, 1, samples, 0, 0)
     op = torch.ops.bnn_fast
-    activations = 8 * batch * (rows + columns) * 4
+    activations = 5 * n * rows * 4  # packed or as results; less than the weights
+    assert activations < weights
 
     def forward():
         return op._variational_linear(x, mu, rho, *options)

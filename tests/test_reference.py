@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from kernels import one_thread  # noqa: F401
 from torch.distributions import Normal as TorchNormal
 from torch.distributions import kl_divergence
 
@@ -15,15 +16,6 @@ from bnn_fast import Normal, reference
 SCALES = ("softplus", "exp", "sqrt_exp")
 SIGMA = {"softplus": F.softplus, "exp": torch.exp, "sqrt_exp": lambda rho: torch.exp(0.5 * rho)}
 KEY = torch.tensor([-0x123456789ABCDEF, 7])
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Threads gain nothing on tensors this small; waiting for each other on shared cores costs tenfold."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def python_philox(counter, key):
