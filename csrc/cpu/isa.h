@@ -1,10 +1,8 @@
 // The kernel table of one instruction set: included by isa_*.cpp after BNN_FAST_ISA and the compiler's target are set.
-// float32 and the half types run on BNN_FAST_LANES, float64 on single doubles.
+// float32 and the half types run on the lane type F, float64 on single doubles.
 #pragma once
 
 #include "linear.h"
-
-#include "kernels.h"
 
 BNN_FAST_BEGIN
 
