@@ -113,16 +113,8 @@ def _elementwise(layer: VariationalLayer, which: list[int] | None) -> list[Tenso
         return [functional.kl_normal(pair.mu, pair.rho, prior=pair.prior, scale=layer.scale, reduction="none")
                 for pair in pairs]
     key, n_samples = _key(layer, layer.recorded())
-    return [_sampled_elements(pair, layer.scale, key, n_samples) for pair in pairs]
-
-
-def _sampled_elements(pair: Pair, scale: str, key: Tensor, n_samples: int) -> Tensor:
-    posterior = reference._Posterior(pair.mu, pair.rho, scale)
-    rows = pair.mu.shape[0] if pair.mu.dim() > 1 else 1
-    eps = reference.standard_normal(key, n_samples, rows, pair.mu.numel() // max(rows, 1), stream=pair.stream,
-                                    dtype=posterior.mu.dtype).reshape(n_samples, *pair.mu.shape)
-    drawn = posterior.mu + posterior.sigma * eps
-    return posterior.sampled_kl(pair.prior, drawn, eps).mean(0).to(pair.mu.dtype)
+    return [reference.sampled_kl(pair.mu, pair.rho, key, prior=pair.prior, scale=layer.scale,
+                                 n_samples=n_samples, stream=pair.stream) for pair in pairs]
 
 
 def _zero(model: nn.Module) -> Tensor:

@@ -70,21 +70,33 @@ def kl_normal(mu, rho, *, prior=Normal(0.0, 1.0), scale="softplus", reduction="s
     return _sum(elements) / posterior.alive.sum().clamp(min=1)
 
 
+def sampled_kl(mu, rho, key, *, prior=Normal(0.0, 1.0), scale="softplus", n_samples=1, stream=0):
+    """log q(w) - log p(w) of each element, the mean over the draws that `key` stands for; mu's shape and dtype."""
+    posterior, drawn, eps = _sample(mu, rho, key, scale, n_samples, stream, 0, 0)
+    return posterior.sampled_kl(prior, drawn, eps).mean(0).to(mu.dtype)
+
+
 def _draw(mu, rho, key, prior, scale, kl, samples, stream, row_offset, column_offset):
     """Draws [samples, *mu.shape] in mu's type, and their KL."""
     checks.choice("kl", kl, checks.KLS)
-    posterior = _Posterior(mu, rho, scale)
-    rows, columns = (mu.shape[0], math.prod(mu.shape[1:])) if mu.dim() > 1 else (1, mu.numel())
-    eps = standard_normal(key, samples, rows, columns, stream=stream, row_offset=row_offset,
-                          column_offset=column_offset, dtype=posterior.mu.dtype)
-    eps = eps.reshape(samples, *mu.shape)
-    drawn = torch.where(posterior.alive, posterior.mu + posterior.sigma * eps, posterior.mu.detach())
+    posterior, drawn, eps = _sample(mu, rho, key, scale, samples, stream, row_offset, column_offset)
     w = drawn.to(mu.dtype)
     if kl is None:
         return w, None
     if kl == "analytic":
         return w, _sum(posterior.analytic_kl(prior))
     return w, _sum(posterior.sampled_kl(prior, drawn, eps)) / samples
+
+
+def _sample(mu, rho, key, scale, samples, stream, row_offset, column_offset):
+    """The posterior, and its draws and their noise, both [samples, *mu.shape] in the type computed in."""
+    posterior = _Posterior(mu, rho, scale)
+    rows, columns = (mu.shape[0], math.prod(mu.shape[1:])) if mu.dim() > 1 else (1, mu.numel())
+    eps = standard_normal(key, samples, rows, columns, stream=stream, row_offset=row_offset,
+                          column_offset=column_offset, dtype=posterior.mu.dtype)
+    eps = eps.reshape(samples, *mu.shape)
+    drawn = torch.where(posterior.alive, posterior.mu + posterior.sigma * eps, posterior.mu.detach())
+    return posterior, drawn, eps
 
 
 class _Posterior:

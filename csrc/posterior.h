@@ -58,9 +58,12 @@ template <class F> struct LogSigma {
 };
 
 template <int scale, class F> BNN_FN LogSigma<F> split_log(F rho, const Spread<F>& s) {
-  if constexpr (scale != kSoftplus) return {splat<F>(1), s.log_sigma};
-  auto tail = in_tail(rho);
-  return {select(tail, splat<F>(1), s.sigma), select(tail, rho, splat<F>(0))};
+  if constexpr (scale == kSoftplus) {
+    auto tail = in_tail(rho);
+    return {select(tail, splat<F>(1), s.sigma), select(tail, rho, splat<F>(0))};
+  } else {
+    return {splat<F>(1), s.log_sigma};
+  }
 }
 
 // rho = -inf
