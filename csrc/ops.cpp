@@ -4,9 +4,9 @@
 //   scale  0 softplus, 1 exp, 2 sqrt_exp (posterior.h)        kl  0 none, 1 analytic, 2 sampled (divergence.h)
 //   key    int64 [2] = (seed, first sample), on the tensors' device
 //   prior  N(loc, sd^2): tensors of mu's shape where given, the numbers otherwise
-#include <torch/csrc/stable/library.h>
+#include "tensors.h"
 
-STABLE_TORCH_LIBRARY(bnn_fast, m) {
+BNN_FAST_DEFINE(BNN_FAST_LIBRARY, m) {
   m.def(
       "_sample_normal(Tensor mu, Tensor rho, Tensor key, Tensor? prior_loc, Tensor? prior_scale, float loc, float prior_sd, "
       "int scale, int kl, int n_samples, int stream, int row_offset, int column_offset) -> (Tensor weight, Tensor kl_sum)");

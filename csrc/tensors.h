@@ -14,6 +14,16 @@
 
 #include "problem.h"
 
+// The tests build the CUDA operators a second time, under another name and for CPU tensors (tests/ptx).
+#ifndef BNN_FAST_LIBRARY
+#define BNN_FAST_LIBRARY bnn_fast
+#endif
+#ifndef BNN_FAST_CUDA_KEY
+#define BNN_FAST_CUDA_KEY CUDA
+#endif
+#define BNN_FAST_DEFINE(library, m) STABLE_TORCH_LIBRARY(library, m)
+#define BNN_FAST_IMPLEMENT(library, key, m) STABLE_TORCH_LIBRARY_IMPL(library, key, m)
+
 namespace bnn_fast {
 
 using torch::headeronly::ScalarType;

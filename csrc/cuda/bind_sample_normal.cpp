@@ -1,6 +1,4 @@
 // sample_normal on CUDA tensors. Kernel: sample_normal.cu.
-#include <torch/csrc/stable/accelerator.h>
-
 #include "../divergence.h"
 #include "../tensors.h"
 #include "sample_normal.h"
@@ -15,7 +13,7 @@ std::tuple<Tensor, Tensor> sample_normal(const Tensor mu, const Tensor rho, cons
   check_divergence(kl);
   check_samples(n_samples);
   STD_TORCH_CHECK(mu.scalar_type() == ScalarType::Float, "mu is not float32, the one type that has a CUDA kernel yet");
-  torch::stable::accelerator::DeviceGuard guard(mu.get_device_index());
+  OnDevice device(mu);
   PosteriorTensors p =
       make_posterior(mu, rho, key, {prior_loc, prior_scale, loc, prior_sd}, scale, stream, row_offset, column_offset);
   Shape shape = shape_of(mu);
@@ -25,7 +23,7 @@ std::tuple<Tensor, Tensor> sample_normal(const Tensor mu, const Tensor rho, cons
   Tensor parts = empty_of(mu, {kl == kNone ? 0 : bnn_fast_cuda_sample_normal_blocks(&problem)}, ScalarType::Double);
   if (kl != kNone) problem.kl = static_cast<double*>(parts.mutable_data_ptr());
   cudaError_t error =
-      bnn_fast_cuda_sample_normal(&problem, static_cast<float*>(sum.mutable_data_ptr()), current_stream(mu));
+      bnn_fast_cuda_sample_normal(&problem, static_cast<float*>(sum.mutable_data_ptr()), device.stream());
   STD_TORCH_CHECK(error == cudaSuccess, "bnn_fast::_sample_normal: ", cudaGetErrorString(error));
   return {weight, sum};
 }
@@ -33,6 +31,6 @@ std::tuple<Tensor, Tensor> sample_normal(const Tensor mu, const Tensor rho, cons
 }  // namespace
 }  // namespace bnn_fast
 
-STABLE_TORCH_LIBRARY_IMPL(bnn_fast, CUDA, m) {
+BNN_FAST_IMPLEMENT(BNN_FAST_LIBRARY, BNN_FAST_CUDA_KEY, m) {
   m.impl("_sample_normal", TORCH_BOX(&bnn_fast::sample_normal));
 }

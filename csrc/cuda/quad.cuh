@@ -1,0 +1,179 @@
+// Four columns of one row, those of one Philox counter: the unit that the CUDA kernels work on, one to a thread at a time.
+// What is stored as float32, bfloat16 or float16 is computed in float, float64 in double.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "../divergence.h"
+#include "../normal.h"
+#include "../problem.h"
+
+namespace bnn_fast {
+
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+// A quad of a contiguous [rows, columns] tensor: the flat index of its first column, and which of the four are inside.
+struct Quad {
+  int64_t index;
+  int begin, end;
+
+  // first: the column of its first element, which may be negative.
+  __device__ Quad(int64_t rows, int64_t columns, int64_t row, int64_t first) : index(row * columns + first) {
+    begin = first < 0 ? static_cast<int>(-first) : 0;
+    end = row >= rows || first >= columns ? 0 : columns - first < 4 ? static_cast<int>(columns - first) : 4;
+  }
+  __device__ bool inside(int k) const { return k >= begin && k < end; }
+  __device__ bool full() const { return begin == 0 && end == 4; }
+};
+
+template <class F> __device__ __forceinline__ F load_element(const void* data, Type type, int64_t i) {
+  if constexpr (sizeof(F) == 8) return static_cast<const double*>(data)[i];
+  if (type == Type::kFloat32) return static_cast<const float*>(data)[i];
+  if (type == Type::kBFloat16) return __bfloat162float(static_cast<const __nv_bfloat16*>(data)[i]);
+  return __half2float(static_cast<const __half*>(data)[i]);
+}
+
+template <class F> __device__ __forceinline__ void store_element(void* data, Type type, int64_t i, F value) {
+  if constexpr (sizeof(F) == 8) {
+    static_cast<double*>(data)[i] = value;
+  } else if (type == Type::kFloat32) {
+    static_cast<float*>(data)[i] = value;
+  } else if (type == Type::kBFloat16) {
+    static_cast<__nv_bfloat16*>(data)[i] = __float2bfloat16_rn(value);
+  } else {
+    static_cast<__half*>(data)[i] = __float2half_rn(value);
+  }
+}
+
+// Whether four elements from index i on can be moved as one vector.
+template <class F> __device__ __forceinline__ bool aligned_quad(const void* data, Type type, int64_t i) {
+  unsigned bytes = sizeof(F) == 8 || type == Type::kFloat32 ? 16 : 8;
+  return (reinterpret_cast<uintptr_t>(data) + i * size_of(type)) % bytes == 0;
+}
+
+// The elements of a quad; `outside` where there is none.
+template <class F>
+__device__ __forceinline__ void load_quad(const void* data, Type type, const Quad& q, F outside, F (&out)[4]) {
+  if (!q.full() || !aligned_quad<F>(data, type, q.index)) {
+    for (int k = 0; k < 4; ++k) out[k] = q.inside(k) ? load_element<F>(data, type, q.index + k) : outside;
+  } else if constexpr (sizeof(F) == 8) {
+    auto from = reinterpret_cast<const double2*>(static_cast<const double*>(data) + q.index);
+    double2 low = from[0], high = from[1];
+    out[0] = low.x, out[1] = low.y, out[2] = high.x, out[3] = high.y;
+  } else if (type == Type::kFloat32) {
+    float4 v = *reinterpret_cast<const float4*>(static_cast<const float*>(data) + q.index);
+    out[0] = v.x, out[1] = v.y, out[2] = v.z, out[3] = v.w;
+  } else {
+    uint2 pair = *reinterpret_cast<const uint2*>(static_cast<const uint16_t*>(data) + q.index);
+    if (type == Type::kBFloat16) {
+      out[0] = __uint_as_float(pair.x << 16), out[1] = __uint_as_float(pair.x & 0xffff0000u);
+      out[2] = __uint_as_float(pair.y << 16), out[3] = __uint_as_float(pair.y & 0xffff0000u);
+    } else {
+      float2 low = __half22float2(bit_cast<__half2>(pair.x)), high = __half22float2(bit_cast<__half2>(pair.y));
+      out[0] = low.x, out[1] = low.y, out[2] = high.x, out[3] = high.y;
+    }
+  }
+}
+
+// Two values rounded to a 16-bit type, the first in the low half.
+__device__ __forceinline__ uint32_t pack_halves(Type type, float low, float high) {
+  return type == Type::kBFloat16 ? bit_cast<uint32_t>(__floats2bfloat162_rn(low, high))
+                                 : bit_cast<uint32_t>(__floats2half2_rn(low, high));
+}
+
+template <class F> __device__ __forceinline__ void store_quad(void* data, Type type, const Quad& q, const F (&value)[4]) {
+  if (!q.full() || !aligned_quad<F>(data, type, q.index)) {
+    for (int k = 0; k < 4; ++k)
+      if (q.inside(k)) store_element<F>(data, type, q.index + k, value[k]);
+  } else if constexpr (sizeof(F) == 8) {
+    auto to = reinterpret_cast<double2*>(static_cast<double*>(data) + q.index);
+    to[0] = make_double2(value[0], value[1]);
+    to[1] = make_double2(value[2], value[3]);
+  } else if (type == Type::kFloat32) {
+    *reinterpret_cast<float4*>(static_cast<float*>(data) + q.index) = make_float4(value[0], value[1], value[2], value[3]);
+  } else {
+    *reinterpret_cast<uint2*>(static_cast<uint16_t*>(data) + q.index) =
+        make_uint2(pack_halves(type, value[0], value[1]), pack_halves(type, value[2], value[3]));
+  }
+}
+
+// Calls body with the prior of each of a quad's four elements, as a function of k. The common prior, made of two numbers, takes
+// no loads and no registers for each element.
+template <class F, class Body>
+__device__ __forceinline__ void with_prior(const Prior& prior, Type type, const Quad& q, Body body) {
+  if (!prior.loc_tensor && !prior.scale_tensor) {
+    F scale = static_cast<F>(prior.scale);
+    PriorAt<F> number{static_cast<F>(prior.loc), F(1) / scale, log_lane(scale)};
+    body([&](int) { return number; });
+  } else {
+    F loc[4], scale[4];
+    for (int k = 0; k < 4; ++k) loc[k] = static_cast<F>(prior.loc), scale[k] = static_cast<F>(prior.scale);
+    if (prior.loc_tensor) load_quad<F>(prior.loc_tensor, type, q, F(0), loc);
+    if (prior.scale_tensor) load_quad<F>(prior.scale_tensor, type, q, F(1), scale);
+    body([&](int k) { return PriorAt<F>{loc[k], F(1) / scale[k], log_lane(scale[k])}; });
+  }
+}
+
+// Calls body.template operator()<scale>() for the scale given at run time.
+template <class Body> __device__ __forceinline__ void with_scale(int scale, Body body) {
+  if (scale == kSoftplus)
+    body.template operator()<kSoftplus>();
+  else if (scale == kExp)
+    body.template operator()<kExp>();
+  else
+    body.template operator()<kSqrtExp>();
+}
+
+// The analytic KL of a quad, in one sum. One logarithm does for its four sigmas: log of their product (split_log). Pruned
+// elements, and those outside (their rho is -inf), add nothing.
+template <int scale, class F, class PriorOf>
+__device__ __forceinline__ F quad_kl(const F (&mu)[4], const F (&rho)[4], const Spread<F> (&spreads)[4], PriorOf prior) {
+  F sum = 0, product = 1;
+  for (int k = 0; k < 4; ++k) {
+    LogSigma<F> log_sigma = split_log<scale>(rho[k], spreads[k]);
+    product *= log_sigma.factor;
+    sum += select(is_pruned(rho[k]), F(0), kl_analytic(mu[k], spreads[k].sigma, log_sigma.term, prior(k)));
+  }
+  return scale == kSoftplus ? sum - log_lane(product) : sum;
+}
+
+// The noise of a posterior's quads.
+struct QuadNoise {
+  Noise noise;
+  uint32_t first_sample, first_row, first_counter;
+
+  explicit __device__ QuadNoise(const Posterior& p)
+      : noise{static_cast<uint32_t>(p.key[0]), static_cast<uint32_t>(static_cast<uint64_t>(p.key[0]) >> 32), p.stream},
+        first_sample(static_cast<uint32_t>(p.key[1])),
+        first_row(static_cast<uint32_t>(p.row_offset)),
+        first_counter(static_cast<uint32_t>(p.column_offset >> 2)) {}
+
+  // counter: the quad's place in its row, counted from the one that holds column 0.
+  template <class F> __device__ void draw(int64_t sample, int64_t row, int64_t counter, F (&eps)[4]) const {
+    draw_normals<F>(noise, first_sample + static_cast<uint32_t>(sample), first_row + static_cast<uint32_t>(row),
+                    first_counter + static_cast<uint32_t>(counter), eps);
+  }
+};
+
+// Quads in a row: the first begins column_offset % 4 columns before column 0.
+__host__ __device__ inline int64_t quads_in_row(const Posterior& p) { return ((p.column_offset & 3) + p.columns + 3) / 4; }
+
+__device__ __forceinline__ Quad quad_at(const Posterior& p, int64_t row, int64_t counter) {
+  return Quad(p.rows, p.columns, row, counter * 4 - (p.column_offset & 3));
+}
+
+// The sum over a block of at most 1024 threads, in a fixed order, for thread 0. Every thread must call it.
+template <class F> __device__ __forceinline__ F block_sum(F value) {
+  __shared__ F warps[32];
+  for (int step = 16; step > 0; step /= 2) value += __shfl_down_sync(kAllLanes, value, step);
+  __syncthreads();  // a block may sum more than once
+  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = value;
+  __syncthreads();
+  F sum = 0;
+  if (threadIdx.x == 0)
+    for (unsigned warp = 0; warp < (blockDim.x + 31) / 32; ++warp) sum += warps[warp];
+  return sum;
+}
+
+}  // namespace bnn_fast
