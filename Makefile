@@ -12,7 +12,7 @@ SETTINGS := $(TORCH) cuda=$(BNN_FAST_CUDA) architectures=$(TORCH_CUDA_ARCH_LIST)
 
 export BNN_FAST_STRICT ?= 1
 
-.PHONY: build demo test slow clean FORCE
+.PHONY: build demo test slow ptx-report gpu-check clean FORCE
 .DELETE_ON_ERROR:
 
 build: $(VENV)/installed
@@ -25,6 +25,17 @@ test: build
 
 slow: build
 	$(PY) -m pytest -rs -m slow
+
+# Registers, shared memory and spills of every CUDA kernel; needs nvcc.
+ptx-report: $(VENV)/torch
+	PYTHONPATH=tests $(PY) -m ptx.report
+
+# On a machine with a GPU, with the python3 that has torch and without a network: build in place, tests,
+# sanitizer, timings. STEPS="tests timings" does some of it; OUT=FOLDER takes the results; COMMIT=NAME is what
+# they say they are of, where there is no git.
+gpu-check:
+	@$(PYTHON) -m benchmarks gpu $(if $(STEPS),--steps $(STEPS)) $(if $(OUT),--out "$(OUT)") \
+	  $(if $(COMMIT),--commit "$(COMMIT)")
 
 # The environment stays: remove .venv by hand to start from nothing.
 clean:

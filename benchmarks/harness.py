@@ -3,14 +3,16 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import pathlib
 import platform
 import subprocess
+from typing import TYPE_CHECKING
 
 import torch
 
-from bnn_fast.demos.common import table
-from bnn_fast.demos.timing import Times
+if TYPE_CHECKING:  # what runs on a fresh checkout builds bnn_fast before anything imports it
+    from bnn_fast.demos.timing import Times
 
 
 def environment() -> dict[str, object]:
@@ -38,26 +40,55 @@ def commit() -> str:
         return "unknown"
 
 
+def gpu() -> dict[str, object]:
+    """The GPU, as torch and nvidia-smi tell; clocks in MHz, as they are between two steps."""
+    device = torch.cuda.get_device_properties(0)
+    asked = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit")
+    try:
+        told = subprocess.run(["nvidia-smi", "-i", "0", f"--query-gpu={','.join(asked)}",
+                               "--format=csv,noheader,nounits"], text=True, capture_output=True, timeout=30,
+                              check=True).stdout.strip().split(", ")
+    except (OSError, subprocess.SubprocessError):
+        told = ["unknown"] * len(asked)
+    return {"gpu": device.name, "capability": f"{device.major}.{device.minor}", "cuda": torch.version.cuda,
+            "multiprocessors": device.multi_processor_count, "l2_bytes": device.L2_cache_size,
+            **dict(zip(asked, told))}
+
+
+def ratios(cases: dict[str, Times], base: str) -> dict[str, dict[str, float]]:
+    return {case: {**t._asdict(), "ratio": t.median / cases[base].median} for case, t in cases.items()}
+
+
 def results(name: str, times: dict[str, dict[str, Times]], base: str) -> dict[str, object]:
     """times: for each shape or other setting, the cases' times; ratios of medians are to the case `base`."""
-    return {"benchmark": name, "environment": environment(), "base": base, "settings": {
-        setting: {case: {**t._asdict(), "ratio": t.median / cases[base].median} for case, t in cases.items()}
-        for setting, cases in times.items()}}
+    return {"benchmark": name, "environment": environment(), "base": base,
+            "settings": {setting: ratios(cases, base) for setting, cases in times.items()}}
+
+
+def rows(settings: dict, base: str) -> list[tuple]:
+    """Of a table: milliseconds, the 20th and 80th percentiles, and the ratio to the base."""
+    found = [("", "case", "median", "20 % to 80 %", f"over {base}")]
+    for setting, cases in settings.items():
+        for case, t in cases.items():
+            found.append((setting, case, f"{1e3 * t['median']:.3f} ms",
+                          f"{1e3 * t['low']:.3f} to {1e3 * t['high']:.3f}", f"{t['ratio']:.2f}"))
+            setting = ""
+    return found
 
 
 def show(found: dict) -> str:
-    """Results as a table: milliseconds, the 20th and 80th percentiles, and the ratio to the base."""
-    rows = [("", "case", "median", "20 % to 80 %", f"over {found['base']}")]
-    for setting, cases in found["settings"].items():
-        for case, t in cases.items():
-            rows.append((setting, case, f"{1e3 * t['median']:.3f} ms",
-                         f"{1e3 * t['low']:.3f} to {1e3 * t['high']:.3f}", f"{t['ratio']:.2f}"))
-            setting = ""
+    """Results as a table."""
+    from bnn_fast.demos.common import table
+
     where = found["environment"]
     return table(f"{found['benchmark']}: torch {where['torch']}, {where['cpu']}, {where['threads']} threads, "
-                 f"commit {where['commit']}, {where['date']}", rows)
+                 f"commit {where['commit']}, {where['date']}", rows(found["settings"], found["base"]))
 
 
-def save(found: dict, path: str) -> None:
-    pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
-    pathlib.Path(path).write_text(json.dumps(found, indent=1) + "\n")
+def save(found: dict, path: str | pathlib.Path) -> None:
+    """Whole or not at all: a run that is stopped leaves the file of the save before."""
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(path.name + ".new")
+    new.write_text(json.dumps(found, indent=1) + "\n")
+    os.replace(new, path)

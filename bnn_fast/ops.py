@@ -5,18 +5,32 @@ the checks are in functional.py. csrc/ops.cpp holds the schemas.
 """
 from __future__ import annotations
 
+import functools
 import warnings
 
 import torch
 
-from ._build import EXTENSION_ERROR
+from ._build import EXTENSION_ERROR, build_info
 
 HAS_EXTENSION = EXTENSION_ERROR is None
 
 
 def compiled_for(device: torch.device) -> bool:
     """Whether tensors on `device` have compiled operators; elsewhere the plain twin (reference.py) runs, with the same noise."""
+    if device.type == "cuda":
+        return HAS_EXTENSION and _has_cuda_kernels()
     return HAS_EXTENSION and device.type in ("cpu", "meta")
+
+
+@functools.cache
+def _has_cuda_kernels() -> bool:
+    built = bool(build_info()["cuda_architectures"])
+    if not built:
+        warnings.warn(
+            "this bnn_fast was built without CUDA kernels: layers on CUDA tensors run in plain PyTorch and slower. Build "
+            "them with nvcc on PATH (or CUDA_HOME set) by `BNN_FAST_CUDA=1 pip install --no-build-isolation .` in the "
+            "project's folder.", stacklevel=3)
+    return built
 
 
 if HAS_EXTENSION:

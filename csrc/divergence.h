@@ -18,13 +18,17 @@ template <class F> struct PriorAt {
   F loc, inverse, log_scale;
 };
 
+// sum + (sigma^2 + (mu - m)^2) / t^2
+template <class F> BNN_FN F add_squares(F mu, F sigma, const PriorAt<F>& prior, F sum) {
+  F shift = (mu - prior.loc) * prior.inverse;
+  F ratio = sigma * prior.inverse;
+  return fma_lane(shift, shift, fma_lane(ratio, ratio, sum));
+}
+
 // The analytic KL, with log_sigma in the place of log sigma.
 template <class F> BNN_FN F kl_analytic(F mu, F sigma, F log_sigma, const PriorAt<F>& prior) {
   using Scalar = typename Lane<F>::Scalar;
-  F shift = (mu - prior.loc) * prior.inverse;
-  F ratio = sigma * prior.inverse;
-  F squares = fma_lane(shift, shift, fma_lane(ratio, ratio, splat<F>(-1)));
-  return fma_lane(squares, splat<F>(Scalar(0.5)), prior.log_scale - log_sigma);
+  return fma_lane(add_squares(mu, sigma, prior, splat<F>(-1)), splat<F>(Scalar(0.5)), prior.log_scale - log_sigma);
 }
 template <class F> BNN_FN F kl_analytic(F mu, const Spread<F>& s, const PriorAt<F>& prior) {
   return kl_analytic(mu, s.sigma, s.log_sigma, prior);

@@ -19,19 +19,20 @@ template <class F> BNN_FN F log1p_reduced(F f) {
   return fma_lane(f * f, q, f);
 }
 
-// x = 2^exponent (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)), for positive normal x. f is exact.
+// x = 2^e (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)), for positive normal x. f is exact. exponent: 2^23 e, as it stands in the
+// bits of a float; whoever uses it scales a coefficient by 2^-23.
 template <class F> BNN_FN F split_exponent(F x, typename Lane<F>::Int& exponent) {
   using Int = typename Lane<F>::Int;
   Int bits = bit_cast<Int>(x);
-  exponent = (bits - 0x3f3504f3) >> 23;
-  return bit_cast<F>(bits - (exponent << 23)) - 1.0f;
+  exponent = (bits - 0x3f3504f3) & ~0x7fffff;
+  return bit_cast<F>(bits - exponent) - 1.0f;
 }
 
 // log x for positive normal x; finite for infinite x (128 log 2 in float), so that a KL never becomes inf - inf.
 template <class F> BNN_FN F log_lane(F x) {
   typename Lane<F>::Int exponent;
   F f = split_exponent(x, exponent);
-  return fma_lane(to_floating<F>(exponent), splat<F>(0.693147182f), log1p_reduced(f));
+  return fma_lane(to_floating<F>(exponent), splat<F>(0.693147182f * 0x1p-23f), log1p_reduced(f));
 }
 BNN_FN double log_lane(double x) { return log(x > 1.7976931348623157e308 ? 1.7976931348623157e308 : x); }
 
@@ -43,8 +44,18 @@ template <class F> BNN_FN F log1p_lane(F t) {
 }
 BNN_FN double log1p_lane(double t) { return log1p(t); }
 
-// e^x = 2^n e^r, |r| <= log(2)/2. 2^n is applied in two factors, so that results near the ends of the range are
-// rounded once: denormal below, inf above.
+// e^r for |r| <= log(2)/2.
+template <class F> BNN_FN F exp_reduced(F r) {
+  F q = splat<F>(0.00138164358f);
+  q = fma_lane(q, r, splat<F>(0.00836874731f));
+  q = fma_lane(q, r, splat<F>(0.0416683480f));
+  q = fma_lane(q, r, splat<F>(0.166665196f));
+  q = fma_lane(q, r, splat<F>(0.499999940f));
+  return fma_lane(r * r, q, r) + 1.0f;
+}
+
+// e^x = 2^n e^r. 2^n is applied in two factors, so that results near the ends of the range are rounded once: denormal below,
+// inf above.
 template <class F> BNN_FN F exp_lane(F x) {
   using Int = typename Lane<F>::Int;
   constexpr float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
@@ -53,13 +64,7 @@ template <class F> BNN_FN F exp_lane(F x) {
   F shifted = fma_lane(x, splat<F>(1.44269502f), splat<F>(magic));
   F n = shifted - magic;
   F r = fma_lane(n, splat<F>(-0.693145752f), x);
-  r = fma_lane(n, splat<F>(-1.42860677e-6f), r);
-  F q = splat<F>(0.00138164358f);
-  q = fma_lane(q, r, splat<F>(0.00836874731f));
-  q = fma_lane(q, r, splat<F>(0.0416683480f));
-  q = fma_lane(q, r, splat<F>(0.166665196f));
-  q = fma_lane(q, r, splat<F>(0.499999940f));
-  F p = fma_lane(r * r, q, r) + 1.0f;
+  F p = exp_reduced(fma_lane(n, splat<F>(-1.42860677e-6f), r));
   Int power = bit_cast<Int>(shifted) - bit_cast<int32_t>(magic);
   Int half = power >> 1;
   F scale0 = bit_cast<F>((half + 127) << 23);
@@ -67,5 +72,18 @@ template <class F> BNN_FN F exp_lane(F x) {
   return p * scale0 * scale1;
 }
 BNN_FN double exp_lane(double x) { return exp(x); }
+
+// The bits of exp_lane(-x) for x >= 0, in fewer instructions: the factors are 2^-64 and 2^(n + 64), whose exponent stands ready in
+// the low bits of n + magic.
+template <class F> BNN_FN F exp_minus(F x) {
+  constexpr float magic = 12582912.0f + 127 + 64;
+  x = select(x > 105.0f, splat<F>(105.0f), x);
+  F shifted = fma_lane(x, splat<F>(-1.44269502f), splat<F>(magic));
+  F n = shifted - magic;
+  F r = fma_lane(n, splat<F>(-0.693145752f), -x);
+  F p = exp_reduced(fma_lane(n, splat<F>(-1.42860677e-6f), r));
+  return p * bit_cast<F>(bit_cast<typename Lane<F>::Int>(shifted) << 23) * 0x1p-64f;
+}
+BNN_FN double exp_minus(double x) { return exp(-x); }
 
 BNN_FAST_END

@@ -60,8 +60,30 @@ template <class F> BNN_FN F splat(typename Lane<F>::Scalar x) { return F{} + x; 
 BNN_FN float fma_lane(float a, float b, float c) { return fmaf(a, b, c); }
 BNN_FN double fma_lane(double a, double b, double c) { return fma(a, b, c); }
 
-BNN_FN float sqrt_lane(float x) { return sqrtf(x); }
+// Correctly rounded, for x from 2^-100 on. On the device it is sqrtf without its branch for smaller x.
+BNN_FN float sqrt_lane(float x) {
+#ifdef __CUDA_ARCH__
+  float inverse;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(x));
+  float root = x * inverse;
+  return fmaf(fmaf(-root, root, x), 0.5f * inverse, root);
+#else
+  return sqrtf(x);
+#endif
+}
 BNN_FN double sqrt_lane(double x) { return sqrt(x); }
+
+// a / b where the last bits may differ between machines, for normal b.
+BNN_FN float quotient(float a, float b) {
+#ifdef __CUDA_ARCH__
+  float inverse;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(b));
+  return a * inverse;
+#else
+  return a / b;
+#endif
+}
+BNN_FN double quotient(double a, double b) { return a / b; }
 
 BNN_FN float abs_lane(float x) { return fabsf(x); }
 BNN_FN double abs_lane(double x) { return fabs(x); }
@@ -74,7 +96,12 @@ template <class F> BNN_FN F to_floating(typename Lane<F>::Int i) { return static
 
 // High and low half of the 64-bit product a * m.
 BNN_FN void multiply_high_low(uint32_t a, uint32_t m, uint32_t& high, uint32_t& low) {
+#ifdef __CUDA_ARCH__
+  uint64_t product;  // nvcc makes a 64 x 64 bit product of the expression below
+  asm("mul.wide.u32 %0, %1, %2;" : "=l"(product) : "r"(a), "r"(m));
+#else
   uint64_t product = static_cast<uint64_t>(a) * m;
+#endif
   high = static_cast<uint32_t>(product >> 32);
   low = static_cast<uint32_t>(product);
 }

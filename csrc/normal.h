@@ -12,17 +12,16 @@
 
 BNN_FAST_BEGIN
 
-// sqrt(-2 ln u(x)). In the upper half u = 1 - v with v = u(~x) small, and ln u = log1p(-v) keeps all its digits.
+// sqrt(-2 ln u(x)). In the upper half u = 1 - v with v = u(~x) small, and ln u = log1p(-v) keeps all its digits; from 0xb504f2bf
+// on, 1 - v is at least sqrt(1/2).
 template <class F> BNN_FN F radius(typename Lane<F>::UInt x) {
   using Int = typename Lane<F>::Int;
   Int word = bit_cast<Int>(x);
-  Int sign = word >> 31;
-  auto upper = word < 0;
-  F v = fma_lane(to_floating<F>(word ^ sign), splat<F>(0x1p-32f), splat<F>(0x1p-33f));
+  F v = fma_lane(to_floating<F>(word ^ (word >> 31)), splat<F>(0x1p-32f), splat<F>(0x1p-33f));
   Int exponent;
-  F f = split_exponent(select(upper, 1.0f - v, v), exponent);
-  f = select(upper & (exponent == 0), -v, f);
-  F square = fma_lane(to_floating<F>(exponent), splat<F>(-1.38629436f), -2.0f * log1p_reduced(f));
+  F f = split_exponent(select(word < 0, 1.0f - v, v), exponent);
+  f = select(x >= 0xb504f2bfu, -v, f);
+  F square = fma_lane(to_floating<F>(exponent), splat<F>(-1.38629436f * 0x1p-23f), -2.0f * log1p_reduced(f));
   return sqrt_lane(square);
 }
 template <> BNN_FN double radius<double>(uint32_t x) { return sqrt(-2.0 * log((x + 0.5) * 0x1p-32)); }
@@ -66,19 +65,18 @@ BNN_FN double flip_sign(double x, uint32_t sign) {
   return bit_cast<double>(bit_cast<uint64_t>(x) ^ (static_cast<uint64_t>(sign) << 32));
 }
 
-// sin 2 pi u(x) and cos 2 pi u(x): the two top bits choose the quarter turn, the rest is an angle in [-pi/4, pi/4].
+// sin 2 pi u(x) and cos 2 pi u(x): the two top bits of x + 2^29 choose the quarter turn, the rest is an angle in [-pi/4, pi/4].
 template <class F> BNN_FN void circle(typename Lane<F>::UInt x, F& sine, F& cosine) {
   using Scalar = typename Lane<F>::Scalar;
   using Int = typename Lane<F>::Int;
   using UInt = typename Lane<F>::UInt;
-  UInt quarter = (x + 0x20000000u) >> 30;
-  Int rest = bit_cast<Int>(x - (quarter << 30));
   constexpr Scalar unit = static_cast<Scalar>(1.4629180792671596e-9);  // 2 pi 2^-32
   F s, c;
-  sincos_reduced(fma_lane(to_floating<F>(rest), splat<F>(unit), splat<F>(unit / 2)), s, c);
-  auto odd = bit_cast<Int>(quarter << 31) < 0;
-  sine = flip_sign(select(odd, c, s), (quarter & 2u) << 30);
-  cosine = flip_sign(select(odd, s, c), ((quarter + 1u) & 2u) << 30);
+  sincos_reduced(fma_lane(to_floating<F>(bit_cast<Int>(x << 2)), splat<F>(unit / 4), splat<F>(unit / 2)), s, c);
+  UInt turn = x + 0x20000000u;
+  auto odd = bit_cast<Int>(turn << 1) < 0;
+  sine = flip_sign(select(odd, c, s), turn & 0x80000000u);
+  cosine = flip_sign(select(odd, s, c), (x + 0x60000000u) & 0x80000000u);
 }
 
 // The four normals of one counter's words.

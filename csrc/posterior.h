@@ -33,12 +33,12 @@ template <int scale, class F> BNN_FN Spread<F> spread(F rho) {
   if constexpr (scale == kSoftplus) {
     // With t = e^-|rho| neither branch of log(1 + e^rho) = max(rho, 0) + log(1 + t) can overflow.
     F zero = splat<F>(0), one = splat<F>(1);
-    F t = exp_lane(-abs_lane(rho));
+    F t = exp_minus(abs_lane(rho));
     s.sigma = select(rho > Scalar(0), rho, zero) + log1p_lane(t);
-    s.d_sigma = select(rho < Scalar(0), t, one) / (one + t);
+    s.d_sigma = quotient(select(rho < Scalar(0), t, one), one + t);
     auto tail = in_tail(rho);
     s.log_sigma = select(tail, rho, log_lane(s.sigma));
-    s.d_log_sigma = select(tail, one, s.d_sigma / s.sigma);
+    s.d_log_sigma = select(tail, one, quotient(s.d_sigma, s.sigma));
   } else {
     constexpr Scalar power = scale == kExp ? 1 : 0.5;
     // A finite logarithm, so that the KL of an infinite sigma is inf, not inf - inf.

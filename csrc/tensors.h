@@ -33,6 +33,13 @@ using Shape = std::vector<int64_t>;
 
 inline Shape shape_of(const Tensor& t) { return Shape(t.sizes().begin(), t.sizes().end()); }
 
+// The shape of so many draws of a tensor.
+inline Shape with_samples(const Tensor& t, int64_t samples) {
+  Shape shape = shape_of(t);
+  shape.insert(shape.begin(), samples);
+  return shape;
+}
+
 inline std::string describe(const Shape& shape) {
   std::string text = "[";
   for (size_t i = 0; i < shape.size(); ++i) text += (i ? ", " : "") + std::to_string(shape[i]);
@@ -80,12 +87,15 @@ inline ScalarType compute_type(ScalarType stored) {
   return stored == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
+inline bool on_device_of(const Tensor& a, const Tensor& b) {
+  return a.is_cpu() == b.is_cpu() && a.get_device_index() == b.get_device_index();
+}
+
 inline void check_like(const Tensor& t, const char* name, const Tensor& like, const char* like_name) {
   STD_TORCH_CHECK(shape_of(t) == shape_of(like), name, " has shape ", describe(shape_of(t)), ", expected that of ", like_name,
                   ": ", describe(shape_of(like)));
   STD_TORCH_CHECK(t.scalar_type() == like.scalar_type(), name, " and ", like_name, " have different dtypes");
-  STD_TORCH_CHECK(t.is_cpu() == like.is_cpu() && t.get_device_index() == like.get_device_index(), name, " and ", like_name,
-                  " are on different devices");
+  STD_TORCH_CHECK(on_device_of(t, like), name, " and ", like_name, " are on different devices");
 }
 
 // Options as the operators take them; each number's meaning is in posterior.h and divergence.h.
@@ -122,8 +132,7 @@ inline PosteriorTensors make_posterior(const Tensor& mu, const Tensor& rho, cons
   if (key) {
     STD_TORCH_CHECK(key->scalar_type() == ScalarType::Long && key->dim() == 1 && key->size(0) == 2,
                     "key has shape ", describe(shape_of(*key)), ", expected an int64 tensor of shape [2]: (seed, first_sample)");
-    STD_TORCH_CHECK(key->is_cpu() == mu.is_cpu() && key->get_device_index() == mu.get_device_index(),
-                    "key and mu are on different devices");
+    STD_TORCH_CHECK(on_device_of(*key, mu), "key and mu are on different devices");
     p.key = dense(*key);
     key_data = static_cast<const int64_t*>(p.key->const_data_ptr());
   }
@@ -147,6 +156,13 @@ inline void check_samples(int64_t samples) {
 
 inline void check_divergence(int64_t divergence) {
   STD_TORCH_CHECK(divergence >= 0 && divergence <= 2, "kl is ", divergence, ", expected 0 (none), 1 (analytic) or 2 (sampled)");
+}
+
+inline void check_gradient(const Tensor& grad, const char* name, const Shape& shape, ScalarType dtype, const Tensor& mu) {
+  STD_TORCH_CHECK(shape_of(grad) == shape, name, " has shape ", describe(shape_of(grad)), ", expected ", describe(shape));
+  STD_TORCH_CHECK(grad.scalar_type() == dtype, name, " has dtype number ", static_cast<int>(grad.scalar_type()),
+                  ", expected that of the result it belongs to: number ", static_cast<int>(dtype));
+  STD_TORCH_CHECK(on_device_of(grad, mu), name, " and mu are on different devices");
 }
 
 // A KL gradient that has one element for each of mu's, or is one number; absent if the tensor is.

@@ -11,9 +11,16 @@ from bnn_fast import ops
 OPTIONS = (None, None, 0.1, 0.7)
 
 
-def test_only_cpu_and_meta_tensors_have_all_the_compiled_operators():
-    assert not ops.compiled_for(torch.device("cuda"))
-    assert ops.compiled_for(torch.device("cpu")) == ops.compiled_for(torch.device("meta")) == ops.HAS_EXTENSION
+def test_a_build_without_cuda_kernels_runs_cuda_tensors_on_the_twin_and_says_so(monkeypatch):
+    without = {**bf.build_info(), "cuda_architectures": []}
+    monkeypatch.setattr(ops, "build_info", lambda: without)
+    ops._has_cuda_kernels.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match="BNN_FAST_CUDA=1"):
+            assert not ops.compiled_for(torch.device("cuda"))
+        assert ops.compiled_for(torch.device("cpu")) == ops.compiled_for(torch.device("meta")) == ops.HAS_EXTENSION
+    finally:
+        ops._has_cuda_kernels.cache_clear()
 
 
 def inputs(rows: int = 33, columns: int = 1023):

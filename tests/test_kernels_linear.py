@@ -15,89 +15,15 @@ from kernels import (
     KEY,
     KLS,
     SCALES,
-    cast,
-    judge,
+    check_linear,
     make_prior,
     one_thread,  # noqa: F401
     posterior,
     random,
     raw_linear,
-)  # noqa: F401
+)
 
-from bnn_fast import Normal, functional, reference
-
-
-def plain_linear(x, mu, rho, bias_mu, bias_rho, key, *, grad_y, grad_kl, **options):
-    """The same of the reference, by autograd."""
-    leaves = [
-        None if t is None else t.detach().clone().requires_grad_() for t in (x, mu, rho, bias_mu, bias_rho)
-    ]
-    y, value = reference.variational_linear(*leaves, key, **options)
-    outputs, grads = [], []
-    for output, grad in ((y, grad_y), (value, grad_kl)):
-        if output is not None and grad is not None:
-            outputs.append(output)
-            grads.append(grad.to(output.dtype))
-    given = [leaf for leaf in leaves if leaf is not None]
-    gradients = iter(torch.autograd.grad(outputs, given, grads, materialize_grads=True))
-    return y.detach(), value, [None if leaf is None else next(gradients) for leaf in leaves]
-
-
-def check_linear(
-    x,
-    mu,
-    rho,
-    bias_mu=None,
-    bias_rho=None,
-    *,
-    prior=Normal(0.25, 0.5),
-    bias_prior=Normal(-0.5, 2.0),
-    scale="softplus",
-    kl="analytic",
-    n_samples=1,
-    row_offset=0,
-    column_offset=0,
-):
-    options = dict(
-        prior=prior,
-        bias_prior=bias_prior,
-        scale=scale,
-        kl=kl,
-        n_samples=n_samples,
-        row_offset=row_offset,
-        column_offset=column_offset,
-    )
-    what = f"x {list(x.shape)} {x.dtype}, weight {list(mu.shape)}, bias {bias_mu is not None}, {options}, "
-    what += str(mu.dtype)
-    grad_y = random(*x.shape[:-1], mu.shape[0], dtype=x.dtype, seed=7)
-    grad_kl = torch.tensor(0.3, dtype=torch.float64 if mu.dtype == torch.float64 else torch.float32)
-    arguments = (x, mu, rho, bias_mu, bias_rho)
-    y, value, gradients = raw_linear(
-        *arguments, KEY, **options, grad_y=grad_y, grad_kl=grad_kl if kl else None
-    )
-    plain_y, plain_value, plain_gradients = plain_linear(
-        *arguments, KEY, **options, grad_y=grad_y, grad_kl=grad_kl
-    )
-    wide = {name: cast(option, torch.float64) for name, option in options.items()}
-    true_y, true_value, true_gradients = plain_linear(
-        *(cast(a, torch.float64) for a in arguments),
-        KEY,
-        **wide,
-        grad_y=grad_y.double(),
-        grad_kl=grad_kl.double(),
-    )
-    judge(f"y: {what}", y, plain_y, true_y)
-    if kl is None:
-        assert value == 0
-    else:
-        judge(f"kl: {what}", value, plain_value.detach(), true_value.detach())
-    for name, got, plain, true in zip(
-        ("x", "weight_mu", "weight_rho", "bias_mu", "bias_rho"), gradients, plain_gradients, true_gradients
-    ):
-        if plain is None:
-            assert got.shape == (0,)
-        else:
-            judge(f"gradient of {name}: {what}", got, plain, true)
+from bnn_fast import Normal, functional
 
 
 @pytest.mark.parametrize("batch", [FUSED, DRAWN], ids=["fused", "drawn"])

@@ -13,16 +13,13 @@ from kernels import (
     KLS,
     OPS,
     SCALES,
-    cast,
+    check_kl,
+    check_sample,
     code,
-    judge,
-    make_prior,
     one_thread,  # noqa: F401
     posterior,
-    prior_arguments,
     random,
-    raw_sample,
-)  # noqa: F401
+)
 
 from bnn_fast import Normal, functional, reference
 
@@ -86,52 +83,15 @@ def test_sigma_is_within_4_ulp_of_the_references(scale):
     assert (w.double() / eps.double() / sigma.double() - 1)[inside].abs().max() <= 4.5 * 2.0**-23
 
 
-def plain_sample(mu, rho, *, prior, scale, kl, n_samples, grad_w, grad_kl, offsets=(0, 0)):
-    leaves = [t.detach().clone().requires_grad_() for t in (mu, rho)]
-    w, value = reference.sample_normal(
-        *leaves,
-        KEY,
-        prior=prior,
-        scale=scale,
-        kl=kl,
-        n_samples=n_samples,
-        row_offset=offsets[0],
-        column_offset=offsets[1],
-    )
-    outputs, grads = ([w], [grad_w]) if value is None else ([w, value], [grad_w, grad_kl])
-    return (w.detach(), None if value is None else value.detach()), torch.autograd.grad(
-        outputs, leaves, grads
-    )
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kl", KLS, ids=str)
 @pytest.mark.parametrize("scale", SCALES)
 def test_sample_normal(scale, kl, dtype):
     for tensors, n_samples, offsets in itertools.product((False, True), (1, 3), ((0, 0), (3, 6))):
         for shape in ((19, 37), (5,), (2, 3, 7), (), (0, 3)):
-            mu, rho = posterior(*shape, dtype=dtype)
-            prior = make_prior(tensors, *shape, dtype=dtype)
-            grad_kl = torch.tensor(0.3, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
-            options = dict(scale=scale, kl=kl, n_samples=n_samples, offsets=offsets)
-            grad_w = random(n_samples, *shape, dtype=dtype, seed=5)
-            got = raw_sample(mu, rho, prior=prior, grad_w=grad_w, grad_kl=grad_kl if kl else None, **options)
-            plain = plain_sample(mu, rho, prior=prior, grad_w=grad_w, grad_kl=grad_kl, **options)
-            true = plain_sample(
-                mu.double(),
-                rho.double(),
-                prior=cast(prior, torch.float64),
-                grad_w=grad_w.double(),
-                grad_kl=grad_kl.double(),
-                **options,
+            check_sample(
+                *shape, dtype=dtype, tensors=tensors, scale=scale, kl=kl, n_samples=n_samples, offsets=offsets
             )
-            for name, a, b, c in zip(
-                ("w", "kl", "mu", "rho"), (*got[0], *got[1]), (*plain[0], *plain[1]), (*true[0], *true[1])
-            ):
-                if b is None:
-                    assert a == 0
-                else:
-                    judge(f"{name} {shape} {options} {dtype}", a, b, c)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -140,26 +100,8 @@ def test_kl_normal(scale, dtype):
     for tensors, shape in itertools.product(
         (False, True), ((19, 37), (3, 1023), (5,), (2, 3, 7), (), (0, 3))
     ):
-        mu, rho = posterior(*shape, dtype=dtype)
-        prior = make_prior(tensors, *shape, dtype=dtype)
         for reduction in ("sum", "none"):
-            results = []
-            for mu_, rho_, prior_ in (
-                (mu, rho, prior),
-                (mu.double(), rho.double(), cast(prior, torch.float64)),
-            ):
-                leaves = mu_.clone().requires_grad_(), rho_.clone().requires_grad_()
-                value = reference.kl_normal(*leaves, prior=prior_, scale=scale, reduction=reduction)
-                grad = random(*value.shape, dtype=value.dtype, seed=6)
-                results.append((value.detach(), *torch.autograd.grad(value, leaves, grad)))
-            loc, sd, loc_number, sd_number = prior_arguments(prior)
-            tail = (mu, rho, loc, sd, loc_number, sd_number, code(SCALES, scale), reduction == "sum")
-            value = OPS._kl_normal(*tail)
-            grad = random(*value.shape, dtype=value.dtype, seed=6)
-            for name, a, b, c in zip(
-                ("kl", "mu", "rho"), (value, *OPS._kl_normal_backward(grad, *tail)), *results
-            ):
-                judge(f"{name} {shape} {reduction} {scale} {dtype}", a, b, c)
+            check_kl(*shape, dtype=dtype, tensors=tensors, reduction=reduction, scale=scale)
 
 
 @pytest.mark.parametrize("scale", SCALES)

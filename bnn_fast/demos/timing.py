@@ -40,9 +40,12 @@ def interleaved(cases: dict[str, Callable[[], object]], seconds: float = 2.0, ro
         for name, case in cases.items():
             taken[name].append(run(case, calls[name]))
         done += 1
+    return {name: summary(values) for name, values in taken.items()}
+
+
+def summary(values: list[float]) -> Times:
     quantiles = torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64)
-    return {name: Times(*torch.tensor(values, dtype=torch.float64).quantile(quantiles).tolist())
-            for name, values in taken.items()}
+    return Times(*torch.tensor(values, dtype=torch.float64).quantile(quantiles).tolist())
 
 
 def training_step(model: nn.Module, loss: Callable[[], Tensor]) -> Callable[[], None]:

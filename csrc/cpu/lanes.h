@@ -111,6 +111,8 @@ BNN_FN u32x16 from_word(EvenOdd<u64x8> x) {
   return bit_cast<u32x16>((x.even & uint64_t(0xffffffff)) | (x.odd << 32));
 }
 
+BNN_FN f32x8 quotient(f32x8 a, f32x8 b) { return a / b; }
+BNN_FN f32x16 quotient(f32x16 a, f32x16 b) { return a / b; }
 BNN_FN f32x8 select(i32x8 mask, f32x8 a, f32x8 b) { return mask ? a : b; }
 BNN_FN f32x16 select(i32x16 mask, f32x16 a, f32x16 b) { return mask ? a : b; }
 BNN_FN f32x8 abs_lane(f32x8 x) { return bit_cast<f32x8>(bit_cast<i32x8>(x) & 0x7fffffff); }

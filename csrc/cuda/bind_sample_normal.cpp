@@ -1,36 +1,45 @@
-// sample_normal on CUDA tensors. Kernel: sample_normal.cu.
-#include "../divergence.h"
-#include "../tensors.h"
+// sample_normal and kl_normal on CUDA tensors. Operators: ../sample_normal.h. Kernels: sample_normal.cu.
+#include "../sample_normal.h"
 #include "sample_normal.h"
 #include "stream.h"
 
 namespace bnn_fast {
 namespace {
 
-std::tuple<Tensor, Tensor> sample_normal(const Tensor mu, const Tensor rho, const Tensor key, OptionalTensor prior_loc,
-                                         OptionalTensor prior_scale, double loc, double prior_sd, int64_t scale, int64_t kl,
-                                         int64_t n_samples, int64_t stream, int64_t row_offset, int64_t column_offset) {
-  check_divergence(kl);
-  check_samples(n_samples);
-  STD_TORCH_CHECK(mu.scalar_type() == ScalarType::Float, "mu is not float32, the one type that has a CUDA kernel yet");
-  OnDevice device(mu);
-  PosteriorTensors p =
-      make_posterior(mu, rho, key, {prior_loc, prior_scale, loc, prior_sd}, scale, stream, row_offset, column_offset);
-  Shape shape = shape_of(mu);
-  shape.insert(shape.begin(), n_samples);
-  Tensor weight = empty_of(mu, shape, mu.scalar_type()), sum = empty_of(mu, {}, mu.scalar_type());
-  SampleForward problem{p.view, static_cast<int>(kl), n_samples, weight.mutable_data_ptr(), p.view.type, nullptr};
-  Tensor parts = empty_of(mu, {kl == kNone ? 0 : bnn_fast_cuda_sample_normal_blocks(&problem)}, ScalarType::Double);
-  if (kl != kNone) problem.kl = static_cast<double*>(parts.mutable_data_ptr());
-  cudaError_t error =
-      bnn_fast_cuda_sample_normal(&problem, static_cast<float*>(sum.mutable_data_ptr()), device.stream());
-  STD_TORCH_CHECK(error == cudaSuccess, "bnn_fast::_sample_normal: ", cudaGetErrorString(error));
-  return {weight, sum};
-}
+class Cuda {
+ public:
+  Cuda(const Tensor& like, const char* name) : on(like), name(name) {}
+  Tensor empty(const Tensor& like, const Shape& shape, ScalarType dtype) const { return empty_of(like, shape, dtype); }
+
+  Tensor sample(const Posterior& p, int64_t divergence, int64_t samples, void* weight, Type type, const Tensor& like) const {
+    SampleForward problem{p, static_cast<int>(divergence), samples, weight, type, nullptr};
+    int64_t count = divergence == kNone ? 0 : bnn_fast_cuda_sample_forward_blocks(&problem);
+    Tensor parts = empty_of(like, {count}, ScalarType::Double);
+    if (count > 0) problem.kl = static_cast<double*>(parts.mutable_data_ptr());
+    check_cuda(bnn_fast_cuda_sample_forward(&problem, on.stream()), name);
+    Tensor sum = empty_of(like, {}, compute_type(like.scalar_type()));
+    double factor = divergence == kSampled ? 1.0 / static_cast<double>(samples) : 1.0;
+    check_cuda(bnn_fast_cuda_sum(problem.kl, count, factor, sum.mutable_data_ptr(), type_of_tensor(sum, "sum"), on.stream()),
+               name);
+    return sum;
+  }
+
+  void backward(const SampleBackward& problem) const { check_cuda(bnn_fast_cuda_sample_backward(&problem, on.stream()), name); }
+  void kl_elements(const KlElements& problem) const { check_cuda(bnn_fast_cuda_kl_elements(&problem, on.stream()), name); }
+
+ private:
+  OnDevice on;
+  const char* name;
+};
+
+using Operators = SampleNormal<Cuda>;
 
 }  // namespace
 }  // namespace bnn_fast
 
 BNN_FAST_IMPLEMENT(BNN_FAST_LIBRARY, BNN_FAST_CUDA_KEY, m) {
-  m.impl("_sample_normal", TORCH_BOX(&bnn_fast::sample_normal));
+  m.impl("_sample_normal", TORCH_BOX(&bnn_fast::Operators::forward));
+  m.impl("_sample_normal_backward", TORCH_BOX(&bnn_fast::Operators::backward));
+  m.impl("_kl_normal", TORCH_BOX(&bnn_fast::Operators::divergence));
+  m.impl("_kl_normal_backward", TORCH_BOX(&bnn_fast::Operators::divergence_backward));
 }

@@ -42,11 +42,9 @@ struct LayerBackward {
 
 constexpr int64_t kSmallSide = 64;
 
-// The largest batch of one sample that the fused kernels take, by the type of x.
-constexpr int64_t kFusedBatch = 16, kFusedBatchHalf = 64;
-
-// And the most samples that they take in the backward.
-constexpr int64_t kFusedSamples = 8;
+// What the fused kernels take: batches of up to kFusedBatch, of up to kFusedBatchHalf if x is of 16 bits and there is one
+// sample; up to kFusedSamples samples.
+constexpr int64_t kFusedBatch = 16, kFusedBatchHalf = 64, kFusedSamples = 8;
 
 extern "C" {
 

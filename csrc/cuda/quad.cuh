@@ -16,15 +16,23 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 // A quad of a contiguous [rows, columns] tensor: the flat index of its first column, and which of the four are inside.
 struct Quad {
   int64_t index;
-  int begin, end;
+  unsigned mask;
 
   // first: the column of its first element, which may be negative.
   __device__ Quad(int64_t rows, int64_t columns, int64_t row, int64_t first) : index(row * columns + first) {
-    begin = first < 0 ? static_cast<int>(-first) : 0;
-    end = row >= rows || first >= columns ? 0 : columns - first < 4 ? static_cast<int>(columns - first) : 4;
+    int begin = first < 0 ? static_cast<int>(-first) : 0;
+    int end = row >= rows || first >= columns ? 0 : columns - first < 4 ? static_cast<int>(columns - first) : 4;
+    mask = (15u << begin) & ((1u << end) - 1);
   }
-  __device__ bool inside(int k) const { return k >= begin && k < end; }
-  __device__ bool full() const { return begin == 0 && end == 4; }
+  __device__ bool inside(int k) const { return mask >> k & 1; }
+  __device__ bool full() const { return mask == 15; }
+};
+
+// A quad that is known to be full and aligned in every tensor.
+struct WholeQuad {
+  int64_t index;
+
+  __device__ static constexpr bool inside(int) { return true; }
 };
 
 template <class F> __device__ __forceinline__ F load_element(const void* data, Type type, int64_t i) {
@@ -46,16 +54,18 @@ template <class F> __device__ __forceinline__ void store_element(void* data, Typ
   }
 }
 
-// Whether four elements from index i on can be moved as one vector.
-template <class F> __device__ __forceinline__ bool aligned_quad(const void* data, Type type, int64_t i) {
-  unsigned bytes = sizeof(F) == 8 || type == Type::kFloat32 ? 16 : 8;
-  return (reinterpret_cast<uintptr_t>(data) + i * size_of(type)) % bytes == 0;
+// Whether a quad's elements can be moved as one vector.
+template <class F> __device__ __forceinline__ bool is_vector(const void* data, Type type, const Quad& q) {
+  unsigned size = sizeof(F) == 8 ? 8 : type == Type::kFloat32 ? 4 : 2;
+  return q.full() && (reinterpret_cast<uintptr_t>(data) + q.index * size) % (size == 2 ? 8 : 16) == 0;
 }
+template <class F> __device__ __forceinline__ bool is_vector(const void*, Type, const WholeQuad&) { return true; }
 
 // The elements of a quad; `outside` where there is none.
-template <class F>
-__device__ __forceinline__ void load_quad(const void* data, Type type, const Quad& q, F outside, F (&out)[4]) {
-  if (!q.full() || !aligned_quad<F>(data, type, q.index)) {
+template <class F, class AnyQuad>
+__device__ __forceinline__ void load_quad(const void* data, Type type, const AnyQuad& q, F outside, F (&out)[4]) {
+  if (!is_vector<F>(data, type, q)) {
+    BNN_UNROLL
     for (int k = 0; k < 4; ++k) out[k] = q.inside(k) ? load_element<F>(data, type, q.index + k) : outside;
   } else if constexpr (sizeof(F) == 8) {
     auto from = reinterpret_cast<const double2*>(static_cast<const double*>(data) + q.index);
@@ -82,8 +92,10 @@ __device__ __forceinline__ uint32_t pack_halves(Type type, float low, float high
                                  : bit_cast<uint32_t>(__floats2half2_rn(low, high));
 }
 
-template <class F> __device__ __forceinline__ void store_quad(void* data, Type type, const Quad& q, const F (&value)[4]) {
-  if (!q.full() || !aligned_quad<F>(data, type, q.index)) {
+template <class F, class AnyQuad>
+__device__ __forceinline__ void store_quad(void* data, Type type, const AnyQuad& q, const F (&value)[4]) {
+  if (!is_vector<F>(data, type, q)) {
+    BNN_UNROLL
     for (int k = 0; k < 4; ++k)
       if (q.inside(k)) store_element<F>(data, type, q.index + k, value[k]);
   } else if constexpr (sizeof(F) == 8) {
@@ -91,28 +103,33 @@ template <class F> __device__ __forceinline__ void store_quad(void* data, Type t
     to[0] = make_double2(value[0], value[1]);
     to[1] = make_double2(value[2], value[3]);
   } else if (type == Type::kFloat32) {
-    *reinterpret_cast<float4*>(static_cast<float*>(data) + q.index) = make_float4(value[0], value[1], value[2], value[3]);
+    // An ordinary store may be taken apart again by the compiler.
+    __stwb(reinterpret_cast<float4*>(static_cast<float*>(data) + q.index), make_float4(value[0], value[1], value[2], value[3]));
   } else {
-    *reinterpret_cast<uint2*>(static_cast<uint16_t*>(data) + q.index) =
-        make_uint2(pack_halves(type, value[0], value[1]), pack_halves(type, value[2], value[3]));
+    __stwb(reinterpret_cast<uint2*>(static_cast<uint16_t*>(data) + q.index),
+           make_uint2(pack_halves(type, value[0], value[1]), pack_halves(type, value[2], value[3])));
   }
 }
 
 // Calls body with the prior of each of a quad's four elements, as a function of k. The common prior, made of two numbers, takes
 // no loads and no registers for each element.
-template <class F, class Body>
-__device__ __forceinline__ void with_prior(const Prior& prior, Type type, const Quad& q, Body body) {
+template <class F, class AnyQuad, class Body>
+__device__ __forceinline__ void with_prior(const Prior& prior, const PriorAt<F>& number, Type type, const AnyQuad& q, Body body) {
   if (!prior.loc_tensor && !prior.scale_tensor) {
-    F scale = static_cast<F>(prior.scale);
-    PriorAt<F> number{static_cast<F>(prior.loc), F(1) / scale, log_lane(scale)};
     body([&](int) { return number; });
   } else {
     F loc[4], scale[4];
+    BNN_UNROLL
     for (int k = 0; k < 4; ++k) loc[k] = static_cast<F>(prior.loc), scale[k] = static_cast<F>(prior.scale);
     if (prior.loc_tensor) load_quad<F>(prior.loc_tensor, type, q, F(0), loc);
     if (prior.scale_tensor) load_quad<F>(prior.scale_tensor, type, q, F(1), scale);
-    body([&](int k) { return PriorAt<F>{loc[k], F(1) / scale[k], log_lane(scale[k])}; });
+    body([&](int k) { return PriorAt<F>{loc[k], quotient(F(1), scale[k]), log_lane(scale[k])}; });
   }
+}
+template <class F, class Body>
+__device__ __forceinline__ void with_prior(const Prior& prior, Type type, const Quad& q, Body body) {
+  F scale = static_cast<F>(prior.scale);
+  with_prior<F>(prior, PriorAt<F>{static_cast<F>(prior.loc), quotient(F(1), scale), log_lane(scale)}, type, q, body);
 }
 
 // Calls body.template operator()<scale>() for the scale given at run time.
@@ -125,11 +142,22 @@ template <class Body> __device__ __forceinline__ void with_scale(int scale, Body
     body.template operator()<kSqrtExp>();
 }
 
-// The analytic KL of a quad, in one sum. One logarithm does for its four sigmas: log of their product (split_log). Pruned
-// elements, and those outside (their rho is -inf), add nothing.
+// The analytic KL of a quad, in one sum. One logarithm does for its four sigmas: log of their product. Pruned elements, and those
+// outside (their rho is -inf), add nothing; like other small sigmas (split_log) they take a longer way.
 template <int scale, class F, class PriorOf>
 __device__ __forceinline__ F quad_kl(const F (&mu)[4], const F (&rho)[4], const Spread<F> (&spreads)[4], PriorOf prior) {
+  if (scale == kSoftplus && !(in_tail(rho[0]) || in_tail(rho[1]) || in_tail(rho[2]) || in_tail(rho[3]))) {
+    F squares = -4, log_scales = prior(0).log_scale, product = spreads[0].sigma;
+    BNN_UNROLL
+    for (int k = 0; k < 4; ++k) {
+      squares = add_squares(mu[k], spreads[k].sigma, prior(k), squares);
+      if (k > 0) log_scales += prior(k).log_scale;
+      if (k > 0) product *= spreads[k].sigma;
+    }
+    return fma_lane(squares, F(0.5), log_scales - log_lane(product));
+  }
   F sum = 0, product = 1;
+  BNN_UNROLL
   for (int k = 0; k < 4; ++k) {
     LogSigma<F> log_sigma = split_log<scale>(rho[k], spreads[k]);
     product *= log_sigma.factor;
@@ -144,10 +172,15 @@ struct QuadNoise {
   uint32_t first_sample, first_row, first_counter;
 
   explicit __device__ QuadNoise(const Posterior& p)
-      : noise{static_cast<uint32_t>(p.key[0]), static_cast<uint32_t>(static_cast<uint64_t>(p.key[0]) >> 32), p.stream},
-        first_sample(static_cast<uint32_t>(p.key[1])),
+      : noise{0, 0, p.stream},
+        first_sample(0),
         first_row(static_cast<uint32_t>(p.row_offset)),
-        first_counter(static_cast<uint32_t>(p.column_offset >> 2)) {}
+        first_counter(static_cast<uint32_t>(p.column_offset >> 2)) {
+    if (!p.key) return;  // a divergence alone draws nothing
+    noise.seed_low = static_cast<uint32_t>(p.key[0]);
+    noise.seed_high = static_cast<uint32_t>(static_cast<uint64_t>(p.key[0]) >> 32);
+    first_sample = static_cast<uint32_t>(p.key[1]);
+  }
 
   // counter: the quad's place in its row, counted from the one that holds column 0.
   template <class F> __device__ void draw(int64_t sample, int64_t row, int64_t counter, F (&eps)[4]) const {

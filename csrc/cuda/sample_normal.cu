@@ -1,113 +1,277 @@
-// Sampling a tensor's weights on the GPU, with the KL of its elements.
+// Sampling a tensor's weights on the GPU with the KL of its elements, forward and backward.
 //
-//   w_s[r, c] = mu[r, c] + sigma(rho[r, c]) eps(seed, s, r, c)        kl = sum_rc KL(N(mu, sigma^2) || prior)
+//   forward    w_s = mu + sigma(rho) eps_s           kl = sum of KL(N(mu, sigma^2) || prior), or of its value at w_s
+//   backward   dmu = sum_s dW_s + k dKL/dmu          drho = sigma' sum_s dW_s eps_s + k dKL/drho
 //
-// A thread owns one Philox counter: four columns of one row. It computes sigma and the KL of its elements once,
-// then walks the samples. Each block reduces its KL in double, in thread order, and writes one number;
-// a second launch adds those in block order, so the sum has the same bits in every run.
+// With the sampled divergence k dKL_s/dw_s / S is added to dW_s, and only -(log sigma)' is left in dKL/drho.
+//
+// A thread takes every n-th quad, n threads in all: neighbouring threads read neighbouring memory. For each it computes sigma
+// once and walks the samples; the backward draws the noise again. Each block writes its part of the KL as one number, and
+// bnn_fast_cuda_sum adds these. The grid depends on the shape alone and every order is fixed, so all results have the
+// same bits in every run.
 #include <cuda_runtime.h>
 
-#include "../divergence.h"
-#include "../normal.h"
+#include <type_traits>
+
+#include "quad.cuh"
 #include "sample_normal.h"
 
 namespace bnn_fast {
 namespace {
 
 constexpr int kThreads = 256;
+// Four full waves of four blocks on each of an H200's 132 multiprocessors.
+constexpr int64_t kMostBlocks = 4 * 4 * 132;
 
-__device__ double block_sum(double value) {
-  __shared__ double warps[kThreads / 32];
-  for (int step = 16; step > 0; step /= 2) value += __shfl_down_sync(0xffffffffu, value, step);
-  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = value;
-  __syncthreads();
-  double sum = 0;
-  if (threadIdx.x == 0)
-    for (double warp : warps) sum += warp;
-  return sum;
-}
+// What registers are limited for: half of a multiprocessor's threads where that does.
+template <class F, class AnyQuad>
+constexpr int kBlocksPerProcessor = sizeof(F) == 8 ? 1 : std::is_same_v<AnyQuad, WholeQuad> ? 4 : 2;
 
-__device__ PriorAt<float> prior_at(const Prior& prior, int64_t i) {
-  float loc = prior.loc_tensor ? static_cast<const float*>(prior.loc_tensor)[i] : static_cast<float>(prior.loc);
-  float scale = prior.scale_tensor ? static_cast<const float*>(prior.scale_tensor)[i] : static_cast<float>(prior.scale);
-  return {loc, 1.0f / scale, log_lane(scale)};
-}
+// How threads walk over the quads of all rows, end to end: from one of a thread's quads to its next, row and counter advance
+// by fixed amounts, so that nothing is divided on the way.
+struct Walk {
+  uint32_t blocks = 0;
+  uint32_t rounds, last;          // quads of a thread: one less from thread `last` on
+  uint32_t per_row;               // quads, or as many as 32 bits hold
+  uint32_t rows, counters, wrap;  // of one step; from counter `wrap` on it ends one row further
 
-__device__ Spread<float> spread_at(int scale, float rho) {
-  return scale == kSoftplus ? spread<kSoftplus>(rho) : scale == kExp ? spread<kExp>(rho) : spread<kSqrtExp>(rho);
-}
-
-__global__ void __launch_bounds__(kThreads) sample_normal_kernel(SampleForward problem, int64_t counters) {
-  const Posterior& p = problem.posterior;
-  int64_t thread = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  int64_t shift = p.column_offset & 3, elements = p.rows * p.columns;
-  double kl = 0;
-  if (thread < p.rows * counters) {
-    int64_t row = thread / counters, first = thread % counters * 4 - shift;
-    const float* mu = static_cast<const float*>(p.mu) + row * p.columns;
-    const float* rho = static_cast<const float*>(p.rho) + row * p.columns;
-    float location[4], sigma[4], log_sigma[4];
-    bool counted[4];
-    for (int k = 0; k < 4; ++k) {
-      int64_t column = first + k;
-      bool inside = column >= 0 && column < p.columns;
-      location[k] = inside ? mu[column] : 0.0f;
-      float r = inside ? rho[column] : 0.0f;
-      Spread<float> s = spread_at(p.scale, r);
-      sigma[k] = s.sigma;
-      log_sigma[k] = s.log_sigma;
-      counted[k] = inside && !is_pruned(r);
-      if (problem.divergence == kAnalytic && counted[k])
-        kl += kl_analytic(location[k], s, prior_at(p.prior, row * p.columns + column));
-    }
-    uint64_t seed = static_cast<uint64_t>(p.key[0]);
-    Noise noise{static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32), p.stream};
-    uint32_t counter = static_cast<uint32_t>((p.column_offset >> 2) + thread % counters);
-    for (int64_t s = 0; s < problem.samples; ++s) {
-      float eps[4];
-      draw_normals<float>(noise, static_cast<uint32_t>(p.key[1] + s), static_cast<uint32_t>(p.row_offset + row), counter, eps);
-      float* weight = static_cast<float*>(problem.weight) + s * elements + row * p.columns;
-      for (int k = 0; k < 4; ++k) {
-        int64_t column = first + k;
-        if (column < 0 || column >= p.columns) continue;
-        float w = fma_lane(sigma[k], eps[k], location[k]);
-        weight[column] = w;
-        if (problem.divergence == kSampled && counted[k])
-          kl += kl_sampled(w, eps[k], log_sigma[k], prior_at(p.prior, row * p.columns + column));
-      }
-    }
+  explicit Walk(const Posterior& p) {
+    int64_t in_row = quads_in_row(p), quads = p.rows * in_row;
+    if (quads == 0) return;
+    int64_t wanted = (quads + kThreads - 1) / kThreads;
+    blocks = static_cast<uint32_t>(wanted < kMostBlocks ? wanted : kMostBlocks);
+    int64_t step = static_cast<int64_t>(blocks) * kThreads;
+    rounds = static_cast<uint32_t>((quads + step - 1) / step);
+    last = static_cast<uint32_t>(quads - (rounds - 1) * step);
+    per_row = static_cast<uint32_t>(in_row < UINT32_MAX ? in_row : UINT32_MAX);
+    rows = static_cast<uint32_t>(step / in_row);
+    counters = static_cast<uint32_t>(step % in_row);
+    wrap = static_cast<uint32_t>(in_row - counters);
   }
+};
+
+// What a kernel is given. The logarithm and division of a prior made of numbers are done once, on the host.
+template <class F, class P> struct Work {
+  P problem;
+  Walk walk;
+  PriorAt<F> prior;
+  int64_t elements;
+};
+
+// Calls body(quad, row, counter) for a thread's quads.
+template <class AnyQuad, class Body>
+__device__ __forceinline__ void for_quads(const Posterior& p, const Walk& walk, Body body) {
+  uint32_t thread = blockIdx.x * kThreads + threadIdx.x;
+  uint32_t row = thread / walk.per_row, counter = thread % walk.per_row;
+  for (uint32_t left = walk.rounds - (thread >= walk.last); left > 0; --left) {
+    if constexpr (std::is_same_v<AnyQuad, WholeQuad>)
+      body(WholeQuad{(static_cast<int64_t>(row) * walk.per_row + counter) * 4}, row, counter);
+    else
+      body(quad_at(p, row, counter), row, counter);
+    bool wraps = counter >= walk.wrap;
+    counter += wraps ? -walk.wrap : walk.counters;
+    row += walk.rows + wraps;
+  }
+}
+
+template <class F> __device__ F load_number(const void* data, Type type) {
+  return type == Type::kFloat64 ? static_cast<F>(*static_cast<const double*>(data)) : static_cast<F>(load_element<float>(data, type, 0));
+}
+
+template <class F, class AnyQuad>
+__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor<F, AnyQuad>)
+    sample_forward_kernel(const __grid_constant__ Work<F, SampleForward> work) {
+  const SampleForward& problem = work.problem;
+  const Posterior& p = problem.posterior;
+  const int divergence = problem.divergence;
+  const auto samples = static_cast<uint32_t>(problem.samples);
+  QuadNoise noise(p);
+  double kl = 0;
+  for_quads<AnyQuad>(p, work.walk, [&](AnyQuad q, uint32_t row, uint32_t counter) {
+    F mu[4], rho[4], sigma[4];
+    F log_sigma[4], log_product = 0;  // of sigma as split_log has it; one logarithm does for the four
+    load_quad<F>(p.mu, p.type, q, F(0), mu);
+    load_quad<F>(p.rho, p.type, q, F(-INFINITY), rho);
+    with_scale(p.scale, [&]<int scale>() {
+      Spread<F> s[4];
+      for (int k = 0; k < 4; ++k) {
+        s[k] = spread<scale>(rho[k]);
+        sigma[k] = s[k].sigma;
+      }
+      if (divergence == kAnalytic) {
+        with_prior<F>(p.prior, work.prior, p.type, q,
+                      [&](auto prior) { kl += static_cast<double>(quad_kl<scale>(mu, rho, s, prior)); });
+      } else if (divergence == kSampled) {
+        F product = 1;
+        for (int k = 0; k < 4; ++k) {
+          LogSigma<F> split = split_log<scale>(rho[k], s[k]);
+          product *= split.factor;
+          log_sigma[k] = split.term;
+        }
+        if (scale == kSoftplus) log_product = log_lane(product);
+      }
+    });
+    for (uint32_t s = 0; s < samples; ++s) {
+      F eps[4], w[4];
+      AnyQuad at = q;  // in the weights of sample s
+      at.index += s * work.elements;
+      noise.draw(s, row, counter, eps);
+      for (int k = 0; k < 4; ++k) w[k] = fma_lane(sigma[k], eps[k], mu[k]);
+      if (problem.weight) store_quad<F>(problem.weight, problem.weight_type, at, w);
+      if (divergence != kSampled) continue;
+      with_prior<F>(p.prior, work.prior, p.type, q, [&](auto prior) {
+        F sum = -log_product;
+        for (int k = 0; k < 4; ++k) sum += select(is_pruned(rho[k]), F(0), kl_sampled(w[k], eps[k], log_sigma[k], prior(k)));
+        kl += static_cast<double>(sum);
+      });
+    }
+  });
   if (!problem.kl) return;
   double sum = block_sum(kl);
   if (threadIdx.x == 0) problem.kl[blockIdx.x] = sum;
 }
 
-__global__ void __launch_bounds__(kThreads) sum_kernel(const double* parts, int64_t count, double factor, float* out) {
-  double sum = 0;
-  for (int64_t i = threadIdx.x; i < count; i += kThreads) sum += parts[i];
-  sum = block_sum(sum);
-  if (threadIdx.x == 0) *out = static_cast<float>(sum * factor);
+template <class F, class AnyQuad>
+__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor<F, AnyQuad>)
+    sample_backward_kernel(const __grid_constant__ Work<F, SampleBackward> work) {
+  const SampleBackward& problem = work.problem;
+  const Posterior& p = problem.posterior;
+  const KlGradient& grad_kl = problem.grad_kl;
+  const int divergence = problem.divergence;
+  const auto samples = static_cast<uint32_t>(problem.samples);
+  QuadNoise noise(p);
+  F number = grad_kl.data && !grad_kl.elementwise ? load_number<F>(grad_kl.data, grad_kl.type) : F(0);
+  if (divergence == kSampled) number /= static_cast<F>(samples);
+  for_quads<AnyQuad>(p, work.walk, [&](AnyQuad q, uint32_t row, uint32_t counter) {
+    F mu[4], rho[4], sigma[4], d_sigma[4];
+    F d_mu[4] = {}, d_rho[4] = {};  // the KL's own part at first
+    load_quad<F>(p.mu, p.type, q, F(0), mu);
+    load_quad<F>(p.rho, p.type, q, F(-INFINITY), rho);
+    with_scale(p.scale, [&]<int scale>() {
+      Spread<F> s[4];
+      for (int k = 0; k < 4; ++k) {
+        s[k] = spread<scale>(rho[k]);
+        sigma[k] = s[k].sigma;
+        d_sigma[k] = s[k].d_sigma;
+      }
+      if (divergence == kAnalytic) {
+        F factor[4] = {number, number, number, number};
+        if (grad_kl.elementwise) load_quad<F>(grad_kl.data, grad_kl.type, q, F(0), factor);
+        with_prior<F>(p.prior, work.prior, p.type, q, [&](auto prior) {
+          for (int k = 0; k < 4; ++k) {
+            d_mu[k] = factor[k] * kl_by_location(mu[k], prior(k));
+            d_rho[k] = factor[k] * kl_by_rho(s[k], prior(k));
+          }
+        });
+      } else if (divergence == kSampled) {
+        for (int k = 0; k < 4; ++k) d_rho[k] = -(number * static_cast<F>(samples) * s[k].d_log_sigma);
+      }
+    });
+    for (uint32_t s = 0; s < samples; ++s) {
+      F eps[4], g[4] = {};
+      AnyQuad at = q;  // in the weights of sample s
+      at.index += s * work.elements;
+      if (problem.grad_weight) load_quad<F>(problem.grad_weight, problem.weight_type, at, F(0), g);
+      noise.draw(s, row, counter, eps);
+      if (divergence == kSampled)
+        with_prior<F>(p.prior, work.prior, p.type, q, [&](auto prior) {
+          for (int k = 0; k < 4; ++k)
+            g[k] = fma_lane(number, kl_by_location(fma_lane(sigma[k], eps[k], mu[k]), prior(k)), g[k]);
+        });
+      for (int k = 0; k < 4; ++k) {
+        d_mu[k] += g[k];
+        d_rho[k] = fma_lane(g[k] * eps[k], d_sigma[k], d_rho[k]);
+      }
+    }
+    for (int k = 0; k < 4; ++k) {
+      d_mu[k] = select(is_pruned(rho[k]), F(0), d_mu[k]);
+      d_rho[k] = select(is_pruned(rho[k]), F(0), d_rho[k]);
+    }
+    store_quad<F>(problem.grad_mu, p.type, q, d_mu);
+    store_quad<F>(problem.grad_rho, p.type, q, d_rho);
+  });
 }
 
-int64_t counters_of(const Posterior& p) { return ((p.column_offset & 3) + p.columns + 3) / 4; }
+template <class F, class AnyQuad>
+__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor<F, AnyQuad>)
+    kl_elements_kernel(const __grid_constant__ Work<F, KlElements> work) {
+  const KlElements& problem = work.problem;
+  const Posterior& p = problem.posterior;
+  for_quads<AnyQuad>(p, work.walk, [&](AnyQuad q, uint32_t, uint32_t) {
+    F mu[4], rho[4], kl[4];
+    load_quad<F>(p.mu, p.type, q, F(0), mu);
+    load_quad<F>(p.rho, p.type, q, F(-INFINITY), rho);
+    with_scale(p.scale, [&]<int scale>() {
+      with_prior<F>(p.prior, work.prior, p.type, q, [&](auto prior) {
+        for (int k = 0; k < 4; ++k)
+          kl[k] = select(is_pruned(rho[k]), F(0), kl_analytic(mu[k], spread<scale>(rho[k]), prior(k)));
+      });
+    });
+    store_quad<F>(problem.kl, p.type, q, kl);
+  });
+}
+
+__global__ void __launch_bounds__(kThreads)
+    sum_kernel(const double* parts, int64_t count, double factor, void* out, Type type) {
+  double sum = 0;
+  for (int64_t i = threadIdx.x; i < count; i += kThreads) sum += parts[i];
+  sum = block_sum(sum) * factor;
+  if (threadIdx.x > 0) return;
+  if (type == Type::kFloat64)
+    *static_cast<double*>(out) = sum;
+  else
+    *static_cast<float*>(out) = static_cast<float>(sum);
+}
+
+template <class F, class P> cudaError_t launch(void (*kernel)(Work<F, P>), const P& problem, cudaStream_t stream) {
+  const Prior& prior = problem.posterior.prior;
+  Work<F, P> work{problem, Walk(problem.posterior),
+                  {static_cast<F>(prior.loc), static_cast<F>(1 / prior.scale), static_cast<F>(log(prior.scale))},
+                  problem.posterior.rows * problem.posterior.columns};
+  if (work.walk.blocks == 0) return cudaSuccess;
+  kernel<<<work.walk.blocks, kThreads, 0, stream>>>(work);
+  return cudaGetLastError();
+}
+
+// Whether all quads are WholeQuads in the posterior's tensors and in those given.
+bool whole(const Posterior& p, const void* a, const void* b, const void* c) {
+  uintptr_t addresses = 0;
+  for (const void* data : {p.mu, p.rho, p.prior.loc_tensor, p.prior.scale_tensor, a, b, c})
+    addresses |= reinterpret_cast<uintptr_t>(data);
+  return addresses % 16 == 0 && p.columns % 4 == 0 && p.column_offset % 4 == 0;
+}
 
 }  // namespace
 
-extern "C" int64_t bnn_fast_cuda_sample_normal_blocks(const SampleForward* problem) {
-  const Posterior& p = problem->posterior;
-  return (p.rows * counters_of(p) + kThreads - 1) / kThreads;
+extern "C" int64_t bnn_fast_cuda_sample_forward_blocks(const SampleForward* problem) { return Walk(problem->posterior).blocks; }
+
+extern "C" cudaError_t bnn_fast_cuda_sample_forward(const SampleForward* problem, void* stream) {
+  auto queue = static_cast<cudaStream_t>(stream);
+  if (problem->posterior.type == Type::kFloat64) return launch(sample_forward_kernel<double, Quad>, *problem, queue);
+  if (!whole(problem->posterior, problem->weight, nullptr, nullptr))
+    return launch(sample_forward_kernel<float, Quad>, *problem, queue);
+  return launch(sample_forward_kernel<float, WholeQuad>, *problem, queue);
 }
 
-extern "C" cudaError_t bnn_fast_cuda_sample_normal(const SampleForward* problem, float* kl, void* stream) {
+extern "C" cudaError_t bnn_fast_cuda_sample_backward(const SampleBackward* given, void* stream) {
   auto queue = static_cast<cudaStream_t>(stream);
-  int64_t blocks = bnn_fast_cuda_sample_normal_blocks(problem);
-  if (blocks > 0x7fffffff) return cudaErrorInvalidConfiguration;
-  if (blocks > 0) {
-    sample_normal_kernel<<<static_cast<unsigned>(blocks), kThreads, 0, queue>>>(*problem, counters_of(problem->posterior));
-    if (cudaError_t error = cudaGetLastError()) return error;
-  }
-  double factor = problem->divergence == kSampled ? 1.0 / static_cast<double>(problem->samples) : 1.0;
-  sum_kernel<<<1, kThreads, 0, queue>>>(problem->kl, problem->kl ? blocks : 0, factor, kl);
+  SampleBackward problem = *given;
+  if (!problem.grad_kl.data) problem.divergence = kNone;
+  if (!problem.grad_weight && problem.divergence != kSampled) problem.samples = 0;  // no gradient comes through the weights
+  if (problem.posterior.type == Type::kFloat64) return launch(sample_backward_kernel<double, Quad>, problem, queue);
+  if (!whole(problem.posterior, problem.grad_weight, problem.grad_mu, problem.grad_rho))
+    return launch(sample_backward_kernel<float, Quad>, problem, queue);
+  return launch(sample_backward_kernel<float, WholeQuad>, problem, queue);
+}
+
+extern "C" cudaError_t bnn_fast_cuda_kl_elements(const KlElements* problem, void* stream) {
+  auto queue = static_cast<cudaStream_t>(stream);
+  if (problem->posterior.type == Type::kFloat64) return launch(kl_elements_kernel<double, Quad>, *problem, queue);
+  return launch(kl_elements_kernel<float, Quad>, *problem, queue);
+}
+
+extern "C" cudaError_t bnn_fast_cuda_sum(const double* parts, int64_t count, double factor, void* out, Type type, void* stream) {
+  sum_kernel<<<1, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(parts, count, factor, out, type);
   return cudaGetLastError();
 }
 

@@ -1,6 +1,7 @@
 // Work on a tensor's device and on torch's current stream there.
 #pragma once
 
+#include <cuda_runtime_api.h>
 #include <torch/csrc/stable/tensor.h>
 
 #ifndef BNN_FAST_STAND_IN
@@ -47,5 +48,10 @@ class OnDevice {
 };
 
 #endif
+
+// What a launcher gave back, as an exception that names the operator.
+inline void check_cuda(cudaError_t error, const char* name) {
+  STD_TORCH_CHECK(error == cudaSuccess, "bnn_fast::", name, ": ", cudaGetErrorString(error));
+}
 
 }  // namespace bnn_fast

@@ -1,8 +1,8 @@
-"""Builds what tests/ptx needs with nvcc, in build/: each result is kept under a hash of its command and sources.
+"""Builds what tests/ptx needs with nvcc, in build/, each result under a hash of its command and sources.
 
-- `operators`: csrc/ops.cpp, the CUDA bindings and the kernels' host launchers, as the operators of the library
-  `bnn_fast_ptx` on CPU tensors, linked with the stand-in runtime; and the kernels' PTX.
-- `resources`: what ptxas says of each kernel for one architecture.
+- `operators`: csrc/ops.cpp, the CUDA bindings and the kernels' host launchers, as the operators of the
+  library `bnn_fast_ptx` on CPU tensors, linked with the stand-in runtime; and the kernels' PTX.
+- `resources`: what ptxas says of each kernel on each default architecture.
 """
 
 from __future__ import annotations
@@ -25,8 +25,15 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 CSRC = ROOT / "csrc"
 # setup.py's, but for the architectures; test_compile.py holds them against it.
-NVCC_FLAGS = ["-std=c++20", "-O3", "--fmad=false", "-lineinfo", "-Xcompiler", "-fvisibility=hidden",
-              "-DBNN_FAST_WITH_CUDA"]
+NVCC_FLAGS = [
+    "-std=c++20",
+    "-O3",
+    "--fmad=false",
+    "-lineinfo",
+    "-Xcompiler",
+    "-fvisibility=hidden",
+    "-DBNN_FAST_WITH_CUDA",
+]
 TORCH_FLAGS = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DTORCH_STABLE_ONLY", "-DUSE_CUDA"]
 STAND_IN = ["-DBNN_FAST_STAND_IN", "-DBNN_FAST_LIBRARY=bnn_fast_ptx", "-DBNN_FAST_CUDA_KEY=CPU"]
 JOBS = 2
@@ -70,13 +77,14 @@ def kernel_sources(csrc: Path = CSRC) -> list[Path]:
 def operators(architecture: str = "80", csrc: Path = CSRC) -> Operators:
     """The operators of the sources in `csrc`, their kernels as PTX for `architecture`."""
     includes = [f"-isystem={folder}" for folder in cpp_extension.include_paths()]
-    common = [*NVCC_FLAGS, "-c", "-Xcompiler", "-fPIC"]
+    shared = ["-c", "-Xcompiler", "-fPIC"]
+    common = [*NVCC_FLAGS, *shared]
     stable = [*common, *TORCH_FLAGS, *STAND_IN, *includes]
     code = f"-gencode=arch=compute_{architecture},code=compute_{architecture}"  # no ptxas
     jobs = [(source, [*common, *STAND_IN, code, "--keep", "--keep-dir=."]) for source in kernel_sources(csrc)]
     jobs += [(source, stable) for source in [csrc / "ops.cpp", *sorted(csrc.glob("cuda/*.cpp"))]]
-    jobs += [(HERE / "stand_in" / "cudart.cpp", common)]
-    jobs += [(HERE / "stand_in" / "allocator.cpp", [*common, *includes])]
+    visible = ["-std=c++20", "-O2", *shared, "-Xcompiler", "-Wall,-Wextra,-Werror", *includes]
+    jobs += [(source, visible) for source in sorted((HERE / "stand_in").glob("*.cpp"))]
     headers = headers_of(csrc)
     objects = in_parallel(
         [functools.partial(cached, source, flags, headers, torch.__version__) for source, flags in jobs]
@@ -95,29 +103,40 @@ def link(objects: list[Path]) -> Path:
     return make(folder, command) / library.name
 
 
-def resources(architecture: str, csrc: Path = CSRC) -> list[Resources]:
-    """Of every kernel, compiled for `architecture` as setup.py does; a warning is an error."""
-    flags = [*NVCC_FLAGS, "-Werror=all-warnings", "-cubin", f"-arch=sm_{architecture}", "-Xptxas=-v"]
-    headers = headers_of(csrc)
+@functools.cache
+def resources() -> list[Resources]:
+    """Of every kernel on every default architecture, compiled as setup.py does; a warning is an error."""
+    flags = [*NVCC_FLAGS, "-Werror=all-warnings", "-cubin", "-Xptxas=-v"]
+    pairs = [(source, architecture) for source in kernel_sources() for architecture in architectures()]
+    headers = headers_of(CSRC)
     folders = in_parallel(
-        [functools.partial(cached, source, flags, headers) for source in kernel_sources(csrc)]
+        [functools.partial(cached, source, [*flags, f"-arch=sm_{name}"], headers) for source, name in pairs]
     )
     found = []
-    for source, folder in zip(kernel_sources(csrc), folders):
-        found += parse_resources(source.name, architecture, (folder / "log").read_text())
+    for (source, name), folder in zip(pairs, folders):
+        found += parse_resources(source.name, name, (folder / "log").read_text())
     return found
 
 
 def parse_resources(source: str, architecture: str, log: str) -> list[Resources]:
     found = []
     for part in log.split("Compiling entry function ")[1:]:
+
         def number(pattern: str) -> int:
             return int((re.search(pattern, part) or [0, 0])[1])
 
-        found.append(Resources(
-            source, architecture, short_name(re.match(r"'(\S+)'", part)[1]), number(r"Used (\d+) registers"),
-            number(r"(\d+) bytes smem"), number(r"(\d+) bytes stack frame"),
-            number(r"(\d+) bytes spill stores"), number(r"(\d+) bytes spill loads")))
+        found.append(
+            Resources(
+                source,
+                architecture,
+                short_name(re.match(r"'(\S+)'", part)[1]),
+                number(r"Used (\d+) registers"),
+                number(r"(\d+) bytes smem"),
+                number(r"(\d+) bytes stack frame"),
+                number(r"(\d+) bytes spill stores"),
+                number(r"(\d+) bytes spill loads"),
+            )
+        )
     return found
 
 
@@ -132,7 +151,7 @@ def headers_of(csrc: Path) -> tuple[Path, ...]:
 
 
 def cached(source: Path, flags: list[str], headers: tuple[Path, ...], *more: str) -> Path:
-    """The folder in which nvcc has compiled `source` to out.o (or other files), with what it said in `log`."""
+    """The folder in which nvcc has compiled `source` to out.o, with what it said in `log`."""
     contents = [path.read_bytes() for path in (source, *headers)]
     command = [find_nvcc(), *flags, f"-I{source.parents[1]}", str(source), "-o", "out.o"]
     key = digest(*command, *more, nvcc_version(), *contents)

@@ -1,6 +1,7 @@
-// The CPU allocator while an operator runs on the stand-in runtime. It keeps a table of what is alive, so that an access
-// of a kernel can be held against each buffer's exact bounds; fresh memory is all ones, a NaN in every floating-point
-// type, and wide margins keep an address beyond one buffer from being an address of the next.
+// The CPU allocator while an operator runs on the stand-in runtime. It keeps a table of what is alive, so
+// that an access of a kernel can be held against each buffer's exact bounds; fresh memory is all ones, a NaN
+// in every floating-point type, and wide margins keep an address beyond one buffer from being one of the
+// next.
 #include <c10/core/Allocator.h>
 #include <c10/core/CPUAllocator.h>
 
@@ -45,7 +46,9 @@ struct TrackingAllocator final : c10::Allocator {
     return {data, data, &release, c10::Device(c10::DeviceType::CPU)};
   }
   c10::DeleterFnPtr raw_deleter() const override { return &release; }
-  void copy_data(void* to, const void* from, size_t count) const override { default_copy_data(to, from, count); }
+  void copy_data(void* to, const void* from, size_t count) const override {
+    default_copy_data(to, from, count);
+  }
 };
 
 }  // namespace
@@ -58,7 +61,8 @@ void stand_in_track(bool on) {
   c10::SetCPUAllocator(on ? &tracking : usual);
 }
 
-// Writes at most `capacity` live allocations, in the order of their addresses, and returns how many there are.
+// Writes at most `capacity` live allocations, in the order of their addresses, and returns how many there
+// are.
 int64_t stand_in_allocations(Allocation* out, int64_t capacity) {
   std::lock_guard<std::mutex> lock(mutex);
   int64_t written = 0;

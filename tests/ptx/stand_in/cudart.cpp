@@ -1,6 +1,7 @@
-// Stands in for libcudart, with what the project's host code needs of it and nothing more: what is not here does not link.
-// Synchronisation and cudaMalloc are absent on purpose, as no operator may wait for the device or allocate behind torch.
-// A launch that the hardware's limits allow goes to the callback; streams are ignored, all work is done at once.
+// Stands in for libcudart, with what the project's host code needs of it and nothing more: what is not here
+// does not link. Synchronisation and cudaMalloc are absent on purpose, as no operator may wait for the device
+// or allocate behind torch. A launch that the hardware's limits allow goes to the callback; streams are
+// ignored, all work is done at once.
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
@@ -23,8 +24,10 @@ struct Configuration {
   size_t shared;
 };
 
-// Returns an error, 0 for none.
-using Launcher = int (*)(const char* kernel, const unsigned* grid, const unsigned* block, size_t shared, void** arguments);
+// shared: the dynamic shared memory; shared_at_most: what that and the kernel's static shared memory may come
+// to. Returns an error, 0 for none.
+using Launcher = int (*)(const char* kernel, const unsigned* grid, const unsigned* block, size_t shared,
+                         size_t shared_at_most, void** arguments);
 
 // Registration runs in static initialisers, maybe before those of this file.
 std::map<const void*, Function>& functions() {
@@ -55,7 +58,8 @@ void** __cudaRegisterFatBinary(void*) {
 }
 void __cudaRegisterFatBinaryEnd(void**) {}
 void __cudaUnregisterFatBinary(void**) {}
-void __cudaRegisterFunction(void**, const char* host, char*, const char* device, int, uint3*, uint3*, dim3*, dim3*, int*) {
+void __cudaRegisterFunction(void**, const char* host, char*, const char* device, int, uint3*, uint3*, dim3*,
+                            dim3*, int*) {
   functions()[host].name = device;
 }
 
@@ -77,15 +81,19 @@ cudaError_t __cudaGetKernel(cudaKernel_t* kernel, const void* host) {
   return cudaSuccess;
 }
 
-cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void** arguments, size_t shared, cudaStream_t) {
+cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void** arguments, size_t shared,
+                               cudaStream_t) {
   auto found = functions().find(kernel);
   if (found == functions().end()) return result(cudaErrorInvalidDeviceFunction);
-  if (!grid.x || !grid.y || !grid.z || !block.x || !block.y || !block.z || grid.x > 0x7fffffff || grid.y > 65535 ||
-      grid.z > 65535 || block.x > 1024 || block.y > 1024 || block.z > 64 || block.x * block.y * block.z > 1024)
+  if (!grid.x || !grid.y || !grid.z || !block.x || !block.y || !block.z || grid.x > 0x7fffffff ||
+      grid.y > 65535 || grid.z > 65535 || block.x > 1024 || block.y > 1024 || block.z > 64 ||
+      block.x * block.y * block.z > 1024)
     return result(cudaErrorInvalidConfiguration);
   if (shared > static_cast<size_t>(found->second.dynamic_shared)) return result(cudaErrorInvalidValue);
+  size_t shared_at_most = found->second.dynamic_shared > kSharedByDefault ? kSharedAtMost : kSharedByDefault;
   unsigned blocks[] = {grid.x, grid.y, grid.z}, threads[] = {block.x, block.y, block.z};
-  return result(static_cast<cudaError_t>(launcher(found->second.name.c_str(), blocks, threads, shared, arguments)));
+  return result(static_cast<cudaError_t>(
+      launcher(found->second.name.c_str(), blocks, threads, shared, shared_at_most, arguments)));
 }
 
 cudaError_t cudaGetLastError() {
@@ -124,15 +132,17 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
     case cudaDevAttrMultiProcessorCount: *value = multiprocessors; return cudaSuccess;
     case cudaDevAttrMaxSharedMemoryPerBlock: *value = kSharedByDefault; return cudaSuccess;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = kSharedAtMost; return cudaSuccess;
-    case cudaDevAttrMaxSharedMemoryPerMultiprocessor: *value = kSharedAtMost + kSharedReserved; return cudaSuccess;
+    case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
+      *value = kSharedAtMost + kSharedReserved;
+      return cudaSuccess;
     case cudaDevAttrMaxThreadsPerMultiProcessor: *value = kThreadsPerMultiprocessor; return cudaSuccess;
     default: return result(cudaErrorInvalidValue);
   }
 }
 
 // By threads and dynamic shared memory alone: registers are ptxas's affair.
-cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks, const void*, int threads, size_t shared,
-                                                                   unsigned) {
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks, const void*, int threads,
+                                                                   size_t shared, unsigned) {
   if (threads < 1 || threads > 1024) return result(cudaErrorInvalidValue);
   *blocks = std::min(kThreadsPerMultiprocessor / threads,
                      (kSharedAtMost + kSharedReserved) / static_cast<int>(shared + kSharedReserved));

@@ -1,0 +1,1 @@
+"""`make gpu-check`: build, tests, sanitizer, instruction counts and timings on a machine with a GPU."""

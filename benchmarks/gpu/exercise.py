@@ -1,0 +1,53 @@
+"""python -m benchmarks.gpu.exercise [--device cpu]: every operator once, small, through each regime.
+
+For compute-sanitizer. Every element of every result is read, so that initcheck sees one that was not written.
+"""
+from __future__ import annotations
+
+import argparse
+import itertools
+from typing import Iterator
+
+import torch
+
+from . import operators
+
+# inputs, outputs, batch, awkward on purpose: small layers; fused, with few rows and with more (45 only in
+# 16-bit types); drawn
+SHAPES = [(20, 19, 65), (1, 20, 130), (257, 130, 3), (257, 130, 13), (257, 130, 45), (257, 130, 601)]
+# parameters, x
+TYPES = [(torch.float32, torch.float32), (torch.float64, torch.float64), (torch.bfloat16, torch.bfloat16),
+         (torch.float16, torch.float16), (torch.float32, torch.bfloat16)]
+
+
+def cases(device: str) -> Iterator[tuple[str, operators.Calls]]:
+    for (dtype, x_dtype), draws in itertools.product(TYPES, (1, 3)):
+        options = {"dtype": dtype, "device": device, "samples": draws}
+        if draws > 1:  # with them the rarer options
+            options |= {"kl": operators.SAMPLED, "prior_tensors": True, "offsets": (5, 3)}
+        name = f"{dtype}, x {x_dtype}, {draws} draws"
+        if dtype == x_dtype:
+            yield f"elementwise, {name}", operators.elementwise(33, 127, reduce=draws == 1, **options)
+        for shape in SHAPES:
+            yield f"linear {shape}, {name}", operators.linear(*shape, x_dtype=x_dtype, **options)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cuda")
+    device = parser.parse_args(arguments).device
+    torch.manual_seed(0)
+    count = 0
+    for name, calls in cases(device):
+        for operator, call in calls.items():
+            result = call()
+            for tensor in result if isinstance(result, (tuple, list)) else (result,):
+                if not tensor.isfinite().all():
+                    raise SystemExit(f"{operator}, {name}: not all of the result is finite")
+            count += 1
+    print(f"{count} calls")
+    return count
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,444 @@
+// The small-batch variational linear layer, backward:
+//
+//   dW_s = g_s^T x_s,  dx_s = g_s W_s     dmu = sum_s dW_s + k dKL/dmu     drho = sigma' sum_s dW_s eps_s + k dKL/drho
+//
+// with k dKL_s/dw_s / S added to dW_s where the divergence is the sampled one, and only -(log sigma)' left in dKL/drho.
+// A block owns columns of 16 inputs for each of its groups of warps and walks a part of the outputs, 16 at a time: one pass over
+// mu and rho. The group computes sigma, sigma' and the KL's gradients into shared memory; each of its warps draws its sample's tile
+// again, adds to dx, and forms dW; then the group adds up the samples in order and writes both gradients. dx goes to a workspace;
+// a second launch adds its parts in order, and finishes the bias.
+#include "tile.cuh"
+
+namespace bnn_fast {
+namespace {
+
+constexpr int kStage = 2 * kSide;  // outputs of g that are staged at a time
+
+// Padded for ldmatrix: eight rows of 16 bytes, each on banks of its own.
+template <Type type> constexpr int kStageStride = type == Type::kFloat32 ? kStage : kStage + 8;
+
+struct BackwardPlan {
+  PriorAt<float> prior;  // where it is made of numbers
+  bool aligned;
+  int members, groups;
+  int x_stride;   // of a row of x in shared memory
+  int64_t tiles;  // blocks across the inputs
+  int steps;      // stages across the outputs: rows are at most 2^32
+  Cut cut;
+  float* grad_x;  // [parts, samples * batch, columns]
+};
+
+// What a group holds of its tile, quad by quad, and what each of its warps leaves there.
+struct TileArrays {
+  float4 mu[kQuads], sigma[kQuads], d_sigma[kQuads], kl_mu[kQuads], kl_rho[kQuads];
+};
+struct SampleArrays {
+  float4 by_mu[kQuads], by_sigma[kQuads];
+};
+
+// Where column c of a tile's 16 lies in a row of x in shared memory. For the tensor cores: as the inputs are numbered (tile.cuh).
+template <Type type> __device__ __forceinline__ int place_in_row(int c) {
+  return type == Type::kFloat32 ? c : c / 2 % 2 * 8 + c / 4 * 2 + c % 2;
+}
+
+// x of the block's inputs, for all steps: [samples][kBatch][inputs], zero outside.
+template <Type type, int kBatch>
+__device__ __forceinline__ void load_inputs(const LayerBackward& problem, const BackwardPlan& plan, int64_t first_column,
+                                            Stored<type>* to) {
+  auto from = static_cast<const Stored<type>*>(problem.x);
+  int inputs = plan.groups * kSide;
+  for (int i = threadIdx.x; i < plan.members * kBatch * inputs; i += kThreads) {
+    int row = i / inputs, c = i % inputs, sample = row / kBatch, b = row % kBatch;
+    int64_t column = first_column + c;
+    bool inside = sample < problem.samples && b < problem.batch && column >= 0 && column < problem.weight.columns;
+    to[row * plan.x_stride + c / kSide * kSide + place_in_row<type>(c % kSide)] =
+        inside ? from[(sample * problem.batch + b) * problem.weight.columns + column] : Stored<type>(0);
+  }
+}
+
+// A warp's products with up to kBatch rows: dW of a tile, and dx of 16 inputs summed over all tiles.
+//   x        [kBatch] rows of 16 inputs       g  [kBatch] rows of 16 outputs
+//   scratch  of the warp, one float4 for each quad
+template <Type type, int kBatch> struct Products;
+
+template <int kBatch> struct Products<Type::kFloat32, kBatch> {
+  static constexpr int kRows = (kBatch + 7) / 8;
+  float grad_x[kRows][4] = {};  // row g + 8 i, inputs 4 t to 4 t + 3
+
+  __device__ void multiply(const float (&w)[2][4], const float* x, int x_stride, const float* g, float4* scratch, const Place& at,
+                           float (&grad_w)[2][4]) {
+    constexpr int kStride = kStageStride<Type::kFloat32>;
+    scratch[at.lane] = pack(w[0]);
+    scratch[32 + at.lane] = pack(w[1]);
+    BNN_UNROLL
+    for (int b = 0; b < kBatch; ++b) {
+      float input[4];
+      unpack(*reinterpret_cast<const float4*>(x + b * x_stride + 4 * at.t), input);
+      float low = g[b * kStride + at.g], high = g[b * kStride + at.g + 8];
+      BNN_UNROLL
+      for (int k = 0; k < 4; ++k) {
+        grad_w[0][k] = fma_lane(low, input[k], grad_w[0][k]);
+        grad_w[1][k] = fma_lane(high, input[k], grad_w[1][k]);
+      }
+    }
+    __syncwarp();
+    BNN_UNROLL
+    for (int o = 0; o < kSide; o += 4) {
+      float rows[4][4];
+      BNN_UNROLL
+      for (int j = 0; j < 4; ++j) unpack(scratch[(o + j) * 4 + at.t], rows[j]);
+      BNN_UNROLL
+      for (int i = 0; i < kRows; ++i) {
+        float outputs[4];
+        unpack(*reinterpret_cast<const float4*>(g + min(at.g + 8 * i, kBatch - 1) * kStride + o), outputs);
+        BNN_UNROLL
+        for (int j = 0; j < 4; ++j)
+          BNN_UNROLL
+          for (int k = 0; k < 4; ++k) grad_x[i][k] = fma_lane(outputs[j], rows[j][k], grad_x[i][k]);
+      }
+    }
+    __syncwarp();
+  }
+
+  // Calls write(b, sums) for row b of dx at this lane's four inputs, once in the warp for each.
+  template <class Write> __device__ void finish(const Place& at, Write write) {
+    BNN_UNROLL
+    for (int i = 0; i < kRows; ++i) write(at.g + 8 * i, grad_x[i]);
+  }
+};
+
+// On the tensor cores. Of dW the right factor is x, of dx the drawn tile, rounded and transposed.
+template <Type type, int kBatch> struct Products {
+  static constexpr int kBlocks = kBatch / 16;
+  float grad_x[kBlocks][2][4] = {};
+
+  // Four 8 x 8 matrices, lane l giving row l % 8 of matrix l / 8.
+  template <bool transposed> __device__ static void load_matrices(const uint16_t* row, uint32_t (&m)[4]) {
+    uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+    if constexpr (transposed)
+      asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                   : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
+                   : "r"(address)
+                   : "memory");
+    else
+      asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                   : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
+                   : "r"(address)
+                   : "memory");
+  }
+
+  __device__ static uint32_t transpose(uint32_t matrix) {
+    uint32_t out;
+    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(out) : "r"(matrix));
+    return out;
+  }
+
+  __device__ void multiply(const float (&w)[2][4], const uint16_t* x, int x_stride, const uint16_t* g, float4*, const Place& at,
+                           float (&grad_w)[2][4]) {
+    uint32_t right[2][2];  // inputs 4 t + {2 n, 2 n + 1}, outputs 8 h to 8 h + 7
+    float products[2][4] = {};
+    BNN_UNROLL
+    for (int n = 0; n < 2; ++n)
+      BNN_UNROLL
+      for (int h = 0; h < 2; ++h) right[n][h] = transpose(pack_halves(type, w[h][2 * n], w[h][2 * n + 1]));
+    int row = at.lane % 8, low = at.lane / 8 % 2 * 8, high = at.lane / 16 * 8;
+    BNN_UNROLL
+    for (int block = 0; block < kBlocks; ++block) {
+      uint32_t m[4], inputs[4];
+      load_matrices<true>(x + (16 * block + low + row) * x_stride + high, inputs);
+      load_matrices<true>(g + (16 * block + high + row) * kStageStride<type> + low, m);
+      multiply_accumulate<type>(products[0], m[0], m[1], m[2], m[3], inputs[0], inputs[1]);
+      multiply_accumulate<type>(products[1], m[0], m[1], m[2], m[3], inputs[2], inputs[3]);
+      load_matrices<false>(g + (16 * block + low + row) * kStageStride<type> + high, m);
+      multiply_accumulate<type>(grad_x[block][0], m[0], m[1], m[2], m[3], right[0][0], right[0][1]);
+      multiply_accumulate<type>(grad_x[block][1], m[0], m[1], m[2], m[3], right[1][0], right[1][1]);
+    }
+    BNN_UNROLL
+    for (int h = 0; h < 2; ++h)
+      BNN_UNROLL
+      for (int k = 0; k < 4; ++k) grad_w[h][k] += products[k / 2][2 * h + k % 2];
+  }
+
+  template <class Write> __device__ void finish(const Place& at, Write write) {
+    BNN_UNROLL
+    for (int block = 0; block < kBlocks; ++block)
+      BNN_UNROLL
+      for (int h = 0; h < 2; ++h) {
+        float sums[4];
+        BNN_UNROLL
+        for (int k = 0; k < 4; ++k) sums[k] = grad_x[block][k / 2][2 * h + k % 2];
+        write(16 * block + 8 * h + at.g, sums);
+      }
+  }
+};
+
+template <Type type, int kBatch>
+__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) backward_kernel(LayerBackward problem, BackwardPlan plan) {
+  using T = Stored<type>;
+  constexpr int kStride = kStageStride<type>;
+  extern __shared__ float4 shared[];
+  const Posterior& p = problem.weight;
+  Place at(plan.members);
+  TileArrays* tiles = reinterpret_cast<TileArrays*>(shared);
+  SampleArrays* samples = reinterpret_cast<SampleArrays*>(tiles + plan.groups);
+  T* x_tile = reinterpret_cast<T*>(samples + kWarps);
+  T* g_tiles = x_tile + at.members * kBatch * plan.x_stride;
+  TileArrays& tile = tiles[at.group];
+  SampleArrays& mine = samples[at.group * at.members + at.member];
+  int g_size = at.members * kBatch * kStride;
+
+  int64_t counter = (int64_t(blockIdx.x) * plan.groups + at.group) * (kSide / 4) + at.t;
+  int64_t first_column = int64_t(blockIdx.x) * plan.groups * kSide - (p.column_offset & 3);
+  int step = static_cast<int>(blockIdx.y) * plan.cut.steps_per_part, end = min(step + plan.cut.steps_per_part, plan.steps);
+  auto stage_step = [&](int s) {
+    stage<kBatch, kStage, kStride>(g_tiles + (s & 1) * g_size, static_cast<const T*>(problem.grad_y), p.rows, int64_t(s) * kStage,
+                                   at.members, problem.samples, problem.batch);
+  };
+
+  int divergence = problem.grad_kl.data ? problem.divergence : int(kNone);
+  float factor = divergence == kNone ? 0.0f : load_element<float>(problem.grad_kl.data, problem.grad_kl.type, 0);
+  float share = factor / static_cast<float>(problem.samples);
+  QuadNoise noise(p);
+  stage_step(step);
+  load_inputs<type, kBatch>(problem, plan, first_column, x_tile);
+  x_tile += at.member * kBatch * plan.x_stride + at.group * kSide;
+  Products<type, kBatch> products;
+  for (; step < end; ++step) {
+    if (step + 1 < end) stage_step(step + 1);
+    __pipeline_wait_prior(step + 1 < end ? 1 : 0);
+    __syncthreads();
+    const T* g_tile = g_tiles + (step & 1) * g_size + at.member * kBatch * kStride;
+#pragma unroll 1
+    for (int half = 0; half < kStage / kSide; ++half) {
+      int64_t row = int64_t(step) * kStage + half * kSide + at.g, first = first_column + at.group * kSide + 4 * at.t;
+      int64_t start = row * p.columns + first;
+      // The lane's quad in the lower or upper eight rows of the tile.
+      auto quad_in = [&](int h) { return TileQuad(p, plan.aligned, row + h * 8, first, start + h * 8 * p.columns); };
+#pragma unroll 1
+      for (int h = at.member; h < 2; h += at.members) {
+        int q = h * 32 + at.lane;
+        TileQuad quad = quad_in(h);
+        float mu[4], rho[4], sigma[4], d_sigma[4], kl_mu[4] = {}, kl_rho[4] = {};
+        load_quad<float>(p.mu, p.type, quad, 0.0f, mu);
+        load_quad<float>(p.rho, p.type, quad, -INFINITY, rho);
+        with_scale(p.scale, [&]<int scale>() {
+          Spread<float> spreads[4];
+          BNN_UNROLL
+          for (int k = 0; k < 4; ++k) {
+            spreads[k] = spread<scale>(rho[k]);
+            sigma[k] = spreads[k].sigma;
+            d_sigma[k] = spreads[k].d_sigma;
+            if (divergence == kSampled) kl_rho[k] = -(factor * spreads[k].d_log_sigma);
+          }
+          tile.mu[q] = pack(mu);
+          tile.sigma[q] = pack(sigma);
+          tile.d_sigma[q] = pack(d_sigma);
+          if (divergence == kAnalytic)
+            with_prior<float>(p.prior, plan.prior, p.type, quad, [&](auto prior) {
+              BNN_UNROLL
+              for (int k = 0; k < 4; ++k) {
+                kl_mu[k] = factor * kl_by_location(mu[k], prior(k));
+                kl_rho[k] = factor * kl_by_rho(spreads[k], prior(k));
+              }
+            });
+        });
+        tile.kl_mu[q] = pack(kl_mu);
+        tile.kl_rho[q] = pack(kl_rho);
+      }
+      at.sync_group();
+      if (at.member < problem.samples) {
+        float w[2][4], eps[2][4], grad_w[2][4] = {};
+        BNN_UNROLL
+        for (int h = 0; h < 2; ++h) {
+          float mu[4], sigma[4];
+          unpack(tile.mu[h * 32 + at.lane], mu);
+          unpack(tile.sigma[h * 32 + at.lane], sigma);
+          noise.draw<float>(at.member, row + h * 8, counter, eps[h]);
+          BNN_UNROLL
+          for (int k = 0; k < 4; ++k) w[h][k] = fma_lane(sigma[k], eps[h][k], mu[k]);
+        }
+        products.multiply(w, x_tile, plan.x_stride, g_tile + half * kSide, mine.by_mu, at, grad_w);
+        BNN_UNROLL
+        for (int h = 0; h < 2; ++h) {
+          if (divergence == kSampled)
+            with_prior<float>(p.prior, plan.prior, p.type, quad_in(h), [&](auto prior) {
+              BNN_UNROLL
+              for (int k = 0; k < 4; ++k) grad_w[h][k] += share * kl_by_location(w[h][k], prior(k));
+            });
+          mine.by_mu[h * 32 + at.lane] = pack(grad_w[h]);
+          BNN_UNROLL
+          for (int k = 0; k < 4; ++k) grad_w[h][k] *= eps[h][k];
+          mine.by_sigma[h * 32 + at.lane] = pack(grad_w[h]);
+        }
+      }
+      at.sync_group();
+#pragma unroll 1
+      for (int h = at.member; h < 2; h += at.members) {
+        int q = h * 32 + at.lane;
+        TileQuad quad = quad_in(h);
+        float by_mu[4] = {}, by_sigma[4] = {}, d_sigma[4], kl_mu[4], kl_rho[4], rho[4];
+#pragma unroll 1
+        for (int s = 0; s < problem.samples; ++s) {
+          float m[4], r[4];
+          unpack(samples[at.group * at.members + s].by_mu[q], m);
+          unpack(samples[at.group * at.members + s].by_sigma[q], r);
+          BNN_UNROLL
+          for (int k = 0; k < 4; ++k) by_mu[k] += m[k], by_sigma[k] += r[k];
+        }
+        load_quad<float>(p.rho, p.type, quad, -INFINITY, rho);
+        unpack(tile.d_sigma[q], d_sigma);
+        unpack(tile.kl_mu[q], kl_mu);
+        unpack(tile.kl_rho[q], kl_rho);
+        BNN_UNROLL
+        for (int k = 0; k < 4; ++k) {
+          bool pruned = is_pruned(rho[k]);
+          by_mu[k] = pruned ? 0.0f : by_mu[k] + kl_mu[k];
+          by_sigma[k] = pruned ? 0.0f : fma_lane(by_sigma[k], d_sigma[k], kl_rho[k]);
+        }
+        store_quad<float>(problem.grad_mu, p.type, quad, by_mu);
+        store_quad<float>(problem.grad_rho, p.type, quad, by_sigma);
+      }
+    }
+    __syncthreads();
+  }
+
+  if (!problem.grad_x) return;
+  int64_t all = problem.samples * problem.batch;
+  float* grad_x = plan.grad_x + blockIdx.y * all * p.columns;
+  products.finish(at, [&](int b, const float(&sums)[4]) {
+    if (at.member >= problem.samples || b >= problem.batch) return;
+    Quad quad(all, p.columns, at.member * problem.batch + b, first_column + at.group * kSide + 4 * at.t);
+    store_quad<float>(grad_x, Type::kFloat32, quad, sums);
+  });
+}
+
+// dmu and drho of four biases: dL/dbias_s is the sum of g's rows of sample s.
+__device__ void bias_gradient(const LayerBackward& problem, int64_t counter) {
+  const Posterior& p = problem.bias;
+  Quad quad = quad_at(p, 0, counter);
+  float mu[4], rho[4], by_mu[4] = {}, by_sigma[4] = {};
+  load_quad<float>(p.mu, p.type, quad, 0.0f, mu);
+  load_quad<float>(p.rho, p.type, quad, -INFINITY, rho);
+  int divergence = problem.grad_kl.data ? problem.divergence : int(kNone);
+  float factor = divergence == kNone ? 0.0f : load_element<float>(problem.grad_kl.data, problem.grad_kl.type, 0);
+  float share = factor / static_cast<float>(problem.samples);
+  with_scale(p.scale, [&]<int scale>() {
+    with_prior<float>(p.prior, p.type, quad, [&](auto prior) {
+      Spread<float> spreads[4];
+      BNN_UNROLL
+      for (int k = 0; k < 4; ++k) spreads[k] = spread<scale>(rho[k]);
+      for (int64_t s = 0; s < problem.samples; ++s) {
+        float eps[4], grad[4] = {};
+        QuadNoise(p).draw<float>(s, 0, counter, eps);
+        for (int64_t b = 0; b < problem.batch; ++b) {
+          float g[4];
+          Quad outputs(problem.samples * problem.batch, p.columns, s * problem.batch + b, quad.index);
+          load_quad<float>(problem.grad_y, problem.x_type, outputs, 0.0f, g);
+          BNN_UNROLL
+          for (int k = 0; k < 4; ++k) grad[k] += g[k];
+        }
+        BNN_UNROLL
+        for (int k = 0; k < 4; ++k) {
+          if (divergence == kSampled)
+            grad[k] += share * kl_by_location(fma_lane(spreads[k].sigma, eps[k], mu[k]), prior(k));
+          by_mu[k] += grad[k];
+          by_sigma[k] = fma_lane(grad[k], eps[k], by_sigma[k]);
+        }
+      }
+      BNN_UNROLL
+      for (int k = 0; k < 4; ++k) {
+        by_sigma[k] *= spreads[k].d_sigma;
+        if (divergence == kAnalytic) {
+          by_mu[k] += factor * kl_by_location(mu[k], prior(k));
+          by_sigma[k] += factor * kl_by_rho(spreads[k], prior(k));
+        } else if (divergence == kSampled) {
+          by_sigma[k] -= factor * spreads[k].d_log_sigma;
+        }
+        if (is_pruned(rho[k])) by_mu[k] = by_sigma[k] = 0;
+      }
+    });
+  });
+  store_quad<float>(problem.grad_bias_mu, p.type, quad, by_mu);
+  store_quad<float>(problem.grad_bias_rho, p.type, quad, by_sigma);
+}
+
+// Adds up the parts of dx, four inputs of one row to a thread; the last blocks finish the bias.
+__global__ void __launch_bounds__(kThreads) finish_kernel(LayerBackward problem, BackwardPlan plan, int64_t blocks_for_x) {
+  int64_t thread = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  if (blockIdx.x >= blocks_for_x) {
+    int64_t counter = thread - blocks_for_x * kThreads;
+    if (counter < quads_in_row(problem.bias)) bias_gradient(problem, counter);
+    return;
+  }
+  int64_t columns = problem.weight.columns, all = problem.samples * problem.batch, quads = (columns + 3) / 4;
+  if (thread >= all * quads) return;
+  Quad quad(all, columns, thread / quads, thread % quads * 4);
+  float sums[4] = {};
+  for (int part = 0; part < plan.cut.parts; ++part) {
+    float sum[4];
+    load_quad<float>(plan.grad_x + part * all * columns, Type::kFloat32, quad, 0.0f, sum);
+    BNN_UNROLL
+    for (int k = 0; k < 4; ++k) sums[k] += sum[k];
+  }
+  store_quad<float>(problem.grad_x, problem.x_type, quad, sums);
+}
+
+cudaError_t plan_backward(const LayerBackward& problem, BackwardPlan& plan) {
+  const Posterior& p = problem.weight;
+  plan.prior = prior_of_numbers(p.prior);
+  plan.aligned =
+      all_aligned(p, {p.mu, p.rho, p.prior.loc_tensor, p.prior.scale_tensor, problem.grad_mu, problem.grad_rho});
+  plan.members = members_for(problem.samples);
+  plan.groups = kWarps / plan.members;
+  plan.x_stride = plan.groups * kSide + (problem.x_type == Type::kFloat32 ? 0 : 8);
+  int64_t inputs = plan.groups * kSide;
+  plan.tiles = ((p.column_offset & 3) + p.columns + inputs - 1) / inputs;
+  plan.steps = static_cast<int>((p.rows + kStage - 1) / kStage);
+  plan.grad_x = static_cast<float*>(problem.workspace);
+  return cut(plan.tiles, plan.steps, plan.cut);
+}
+
+template <Type type, int kBatch>
+cudaError_t launch_backward(const LayerBackward& problem, const BackwardPlan& plan, cudaStream_t stream) {
+  size_t bytes = plan.groups * sizeof(TileArrays) + kWarps * sizeof(SampleArrays) +
+                 plan.members * kBatch * (plan.x_stride + 2 * kStageStride<type>) * sizeof(Stored<type>);
+  auto kernel = backward_kernel<type, kBatch>;
+  if (cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)))
+    return error;
+  if (plan.tiles > INT32_MAX) return cudaErrorInvalidConfiguration;
+  dim3 grid(static_cast<unsigned>(plan.tiles), static_cast<unsigned>(plan.cut.parts));
+  kernel<<<grid, kThreads, bytes, stream>>>(problem, plan);
+  return cudaGetLastError();
+}
+
+template <Type type> cudaError_t launch_backward(const LayerBackward& problem, const BackwardPlan& plan, cudaStream_t stream) {
+  constexpr int kFew = type == Type::kFloat32 ? 4 : 16, kMany = type == Type::kFloat32 ? kFusedBatch : kFusedBatchHalf;
+  return problem.batch <= kFew ? launch_backward<type, kFew>(problem, plan, stream)
+                               : launch_backward<type, kMany>(problem, plan, stream);
+}
+
+}  // namespace
+
+extern "C" int64_t bnn_fast_cuda_linear_backward_workspace(const LayerBackward* problem) {
+  BackwardPlan plan;
+  if (!problem->grad_x || plan_backward(*problem, plan)) return 0;
+  return plan.cut.parts * problem->samples * problem->batch * problem->weight.columns * sizeof(float);
+}
+
+extern "C" cudaError_t bnn_fast_cuda_linear_backward(const LayerBackward* problem, void* stream) {
+  auto queue = static_cast<cudaStream_t>(stream);
+  BackwardPlan plan;
+  if (cudaError_t error = plan_backward(*problem, plan)) return error;
+  auto launch = problem->x_type == Type::kFloat32    ? launch_backward<Type::kFloat32>
+                : problem->x_type == Type::kBFloat16 ? launch_backward<Type::kBFloat16>
+                                                     : launch_backward<Type::kFloat16>;
+  if (cudaError_t error = launch(*problem, plan, queue)) return error;
+  int64_t quads = problem->grad_x ? problem->samples * problem->batch * ((problem->weight.columns + 3) / 4) : 0;
+  int64_t for_x = (quads + kThreads - 1) / kThreads;
+  int64_t for_bias = problem->bias.mu ? (quads_in_row(problem->bias) + kThreads - 1) / kThreads : 0;
+  if (for_x + for_bias == 0) return cudaSuccess;
+  finish_kernel<<<static_cast<unsigned>(for_x + for_bias), kThreads, 0, queue>>>(*problem, plan, for_x);
+  return cudaGetLastError();
+}
+
+}  // namespace bnn_fast

@@ -1,0 +1,224 @@
+// The variational linear layer as every device sees it: arguments and their checks, the two operators, and the large-batch regime,
+// which is drawing and the vendor's GEMM.
+//
+//   fused (small batch)  weights are drawn tile by tile and never written: the device's own kernels
+//   drawn (large batch)  one pass draws the weights with their KL, the vendor's GEMM multiplies; backward, the same pass and
+//                        GEMM give dx, another GEMM dW, and one pass turns dW into dmu and drho
+//
+// A Device brings what differs (cpu/variational_linear.cpp, cuda/bind_variational_linear.cpp):
+//   Device(a)                                                 for the length of one operator's call
+//   void sample(posterior, divergence, samples, weight, type)   draws weights, none if weight is null; adds to the KL
+//   void sample_backward(problem)
+//   Tensor empty(like, shape, dtype)                            fresh memory for something as large as the weights
+//   bool fused(a, x, batch)                                     the choice between the regimes
+//   Tensor fused_forward(a, x, batch)                           y; adds to the KL
+//   void fused_backward(a, x, grad_y, grad_kl, batch, grads)
+//   Tensor kl()
+#pragma once
+
+#include "divergence.h"
+#include "tensors.h"
+
+namespace bnn_fast {
+
+struct LinearArguments {
+  PosteriorTensors weight;
+  std::optional<PosteriorTensors> bias;
+  int64_t divergence, samples;
+
+  LinearArguments(const Tensor& weight_mu, const Tensor& weight_rho, const OptionalTensor& bias_mu, const OptionalTensor& bias_rho,
+                  const Tensor& key, const PriorArguments& weight_prior, const PriorArguments& bias_prior, int64_t scale,
+                  int64_t kl, int64_t n_samples, int64_t row_offset, int64_t column_offset)
+      : weight(make_posterior(weight_mu, weight_rho, key, weight_prior, scale, 0, row_offset, column_offset)),
+        divergence(kl),
+        samples(n_samples) {
+    check_divergence(kl);
+    check_samples(n_samples);
+    STD_TORCH_CHECK(weight_mu.dim() == 2, "weight_mu has shape ", describe(shape_of(weight_mu)), ", expected [out, in]");
+    STD_TORCH_CHECK(bias_mu.has_value() == bias_rho.has_value(), "bias_mu and bias_rho are to be given together");
+    if (!bias_mu) return;
+    STD_TORCH_CHECK(shape_of(*bias_mu) == Shape{weight_mu.size(0)} && bias_mu->scalar_type() == weight_mu.scalar_type(),
+                    "bias_mu has shape ", describe(shape_of(*bias_mu)), ", expected [", weight_mu.size(0),
+                    "] and weight_mu's dtype");
+    // A bias is one row; its columns are the weight's rows.
+    bias = make_posterior(*bias_mu, *bias_rho, key, bias_prior, scale, 1, 0, row_offset);
+  }
+
+  int64_t outputs() const { return weight.view.rows; }
+  int64_t inputs() const { return weight.view.columns; }
+
+  // x seen as [samples * batch, in]; returns batch.
+  int64_t check_input(const Tensor& x) const {
+    STD_TORCH_CHECK(x.dim() >= 1 && x.size(-1) == inputs(), "x has shape ", describe(shape_of(x)), ", expected [..., ",
+                    inputs(), "]");
+    bool low = x.scalar_type() == ScalarType::BFloat16 || x.scalar_type() == ScalarType::Half;
+    STD_TORCH_CHECK(x.scalar_type() == weight.mu.scalar_type() || (low && weight.mu.scalar_type() == ScalarType::Float),
+                    "x and weight_mu have different dtypes");
+    STD_TORCH_CHECK(x.is_cpu() == weight.mu.is_cpu() && x.get_device_index() == weight.mu.get_device_index(),
+                    "x and weight_mu are on different devices");
+    int64_t rows = rows_of(x);
+    STD_TORCH_CHECK(samples == 1 || (x.dim() >= 2 && x.size(0) % samples == 0), "x has shape ", describe(shape_of(x)),
+                    ", expected its first dimension to be a multiple of n_samples = ", samples);
+    return rows / samples;
+  }
+
+  static int64_t rows_of(const Tensor& x) {
+    int64_t rows = 1;
+    for (int64_t d = 0; d + 1 < x.dim(); ++d) rows *= x.size(d);
+    return rows;
+  }
+
+  Shape output_shape(const Tensor& x) const {
+    Shape shape = shape_of(x);
+    shape.back() = outputs();
+    return shape;
+  }
+};
+
+// The weights' rows in the blocks that are drawn at a time: all of them for one sample; for more, as many as keep the buffer
+// no larger than the weights themselves (or a megabyte). Calls body(first, count).
+template <class Body> void for_row_blocks(const Posterior& p, int64_t samples, Body body) {
+  int64_t capacity = p.rows * p.columns > (1 << 18) ? p.rows * p.columns : 1 << 18;
+  int64_t rows = capacity / (samples * (p.columns > 0 ? p.columns : 1));
+  if (rows < 1) rows = 1;
+  for (int64_t r = 0; r < p.rows; r += rows) body(r, r + rows < p.rows ? rows : p.rows - r);
+}
+
+// y as [samples, batch, out], or [batch, out] for one sample.
+template <class Device> Tensor drawn_forward(Device& device, const LinearArguments& a, const Tensor& x, int64_t batch) {
+  const Posterior& p = a.weight.view;
+  ScalarType dtype = x.scalar_type();
+  Type type = type_of_tensor(x, "x");
+  OptionalTensor bias;
+  if (a.bias) {
+    bias = empty_of(x, {a.samples, p.rows}, dtype);
+    device.sample(a.bias->view, a.divergence, a.samples, bias->mutable_data_ptr(), type);
+  }
+  Tensor inputs = dense_detached(x);
+  if (a.samples == 1) {
+    Tensor weight = device.empty(x, {p.rows, p.columns}, dtype);
+    device.sample(p, a.divergence, 1, weight.mutable_data_ptr(), type);
+    return aten("aten::linear", "", reshaped(inputs, {batch, p.columns}), weight,
+                bias ? OptionalTensor(reshaped(*bias, {p.rows})) : OptionalTensor());
+  }
+  inputs = reshaped(inputs, {a.samples, batch, p.columns});
+  Tensor y = empty_of(x, {a.samples, batch, p.rows}, dtype);
+  for_row_blocks(p, a.samples, [&](int64_t first, int64_t count) {
+    Tensor weight = device.empty(x, {a.samples, count, p.columns}, dtype);
+    device.sample(p.slice(first, count), a.divergence, a.samples, weight.mutable_data_ptr(), type);
+    Tensor products = aten("aten::bmm", "", inputs, torch::stable::transpose(weight, 1, 2));
+    if (bias) {
+      Tensor all = reshaped(*bias, {a.samples, 1, p.rows});
+      products = add(products, torch::stable::narrow(all, 2, first, count));
+    }
+    Tensor part = torch::stable::narrow(y, 2, first, count);
+    torch::stable::copy_(part, products);
+  });
+  return y;
+}
+
+// Those that do not apply stay empty.
+struct LinearGradients {
+  Tensor x, weight_mu, weight_rho, bias_mu, bias_rho;
+};
+
+// What is left of the backward once the bias's gradient is known, by sample: [samples, out], or absent.
+template <class Device>
+void bias_backward(Device& device, const LinearArguments& a, const OptionalTensor& grad_bias, const KlGradient& grad_kl,
+                   LinearGradients& grads) {
+  if (!a.bias) return;
+  device.sample_backward(SampleBackward{a.bias->view, static_cast<int>(a.divergence), a.samples,
+                                        grad_bias ? grad_bias->const_data_ptr() : nullptr,
+                                        grad_bias ? type_of_tensor(*grad_bias, "grad_bias") : a.bias->view.type, grad_kl,
+                                        grads.bias_mu.mutable_data_ptr(), grads.bias_rho.mutable_data_ptr()});
+}
+
+template <class Device>
+void drawn_backward(Device& device, const LinearArguments& a, const Tensor& x, const Tensor& grad_y, const KlGradient& grad_kl,
+                    bool need_x, int64_t batch, LinearGradients& grads) {
+  const Posterior& p = a.weight.view;
+  Type type = type_of_tensor(x, "x");
+  int64_t all = a.samples * batch;
+  Tensor inputs = reshaped(dense_detached(x), {all, p.columns}), outputs = reshaped(dense_detached(grad_y), {all, p.rows});
+  auto put_together = [&](const Posterior& part, const Tensor& grad_weight, int64_t offset) {
+    device.sample_backward(SampleBackward{part, static_cast<int>(a.divergence), a.samples, grad_weight.const_data_ptr(), type,
+                                          grad_kl, static_cast<char*>(grads.weight_mu.mutable_data_ptr()) + offset,
+                                          static_cast<char*>(grads.weight_rho.mutable_data_ptr()) + offset});
+  };
+  if (a.samples == 1) {
+    // The weights, then their gradient, can stand where the gradient of rho will be.
+    Tensor weight = type == p.type ? grads.weight_rho : device.empty(x, {p.rows, p.columns}, x.scalar_type());
+    if (need_x) {
+      device.sample(p, kNone, 1, weight.mutable_data_ptr(), type);
+      grads.x = reshaped(aten("aten::mm", "", outputs, weight), shape_of(x));
+    }
+    aten("aten::mm", "out", torch::stable::transpose(outputs, 0, 1), inputs, weight);
+    put_together(p, weight, 0);
+    return bias_backward(device, a, torch::stable::sum(outputs, Shape{0}), grad_kl, grads);
+  }
+  inputs = reshaped(inputs, {a.samples, batch, p.columns});
+  outputs = reshaped(outputs, {a.samples, batch, p.rows});
+  if (need_x) grads.x = torch::stable::new_zeros(x, {a.samples, batch, p.columns});
+  for_row_blocks(p, a.samples, [&](int64_t first, int64_t count) {
+    Posterior part = p.slice(first, count);
+    Tensor weight = device.empty(x, {a.samples, count, p.columns}, x.scalar_type());
+    Tensor columns = torch::stable::narrow(outputs, 2, first, count);
+    if (need_x) {
+      device.sample(part, kNone, a.samples, weight.mutable_data_ptr(), type);
+      grads.x = add(grads.x, aten("aten::bmm", "", columns, weight));
+    }
+    aten("aten::bmm", "out", torch::stable::transpose(columns, 1, 2), inputs, weight);
+    put_together(part, weight, first * p.columns * size_of(p.type));
+  });
+  if (need_x) grads.x = reshaped(grads.x, shape_of(x));
+  bias_backward(device, a, torch::stable::sum(outputs, Shape{1}), grad_kl, grads);
+}
+
+template <class Device>
+std::tuple<Tensor, Tensor> variational_linear(const Tensor x, const Tensor weight_mu, const Tensor weight_rho,
+                                              OptionalTensor bias_mu, OptionalTensor bias_rho, const Tensor key,
+                                              OptionalTensor weight_loc, OptionalTensor weight_sd, OptionalTensor bias_loc,
+                                              OptionalTensor bias_sd, double loc, double sd, double bias_loc_number,
+                                              double bias_sd_number, int64_t scale, int64_t kl, int64_t n_samples,
+                                              int64_t row_offset, int64_t column_offset) {
+  LinearArguments a(weight_mu, weight_rho, bias_mu, bias_rho, key, {weight_loc, weight_sd, loc, sd},
+                    {bias_loc, bias_sd, bias_loc_number, bias_sd_number}, scale, kl, n_samples, row_offset, column_offset);
+  int64_t batch = a.check_input(x);
+  Device device(a);
+  Tensor y = device.fused(a, x, batch) ? device.fused_forward(a, dense(x), batch) : drawn_forward(device, a, x, batch);
+  return {reshaped(y, a.output_shape(x)), device.kl()};
+}
+
+template <class Device>
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> variational_linear_backward(
+    OptionalTensor grad_y, OptionalTensor grad_kl, OptionalTensor x, const Tensor weight_mu, const Tensor weight_rho,
+    OptionalTensor bias_mu, OptionalTensor bias_rho, const Tensor key, OptionalTensor weight_loc, OptionalTensor weight_sd,
+    OptionalTensor bias_loc, OptionalTensor bias_sd, double loc, double sd, double bias_loc_number, double bias_sd_number,
+    int64_t scale, int64_t kl, int64_t n_samples, int64_t row_offset, int64_t column_offset, bool need_grad_x) {
+  LinearArguments a(weight_mu, weight_rho, bias_mu, bias_rho, key, {weight_loc, weight_sd, loc, sd},
+                    {bias_loc, bias_sd, bias_loc_number, bias_sd_number}, scale, kl, n_samples, row_offset, column_offset);
+  STD_TORCH_CHECK(x || !grad_y, "x is absent, expected it with grad_y");
+  KlGradient k = make_kl_gradient(grad_kl, false);
+  Device device(a);
+  auto like = [&](const Tensor& t) { return device.empty(t, shape_of(t), t.scalar_type()); };
+  auto none = [&] { return empty_of(weight_mu, {0}, weight_mu.scalar_type()); };  // outputs may not alias
+  LinearGradients grads{none(), like(weight_mu), like(weight_mu), a.bias ? like(*bias_mu) : none(),
+                        a.bias ? like(*bias_mu) : none()};
+  if (grad_y) {
+    int64_t batch = a.check_input(*x);
+    Shape shape = a.output_shape(*x);
+    STD_TORCH_CHECK(shape_of(*grad_y) == shape && grad_y->scalar_type() == x->scalar_type(), "grad_y has shape ",
+                    describe(shape_of(*grad_y)), ", expected ", describe(shape), " and x's dtype");
+    if (device.fused(a, *x, batch))
+      device.fused_backward(a, dense(*x), *grad_y, k, need_grad_x, batch, grads);
+    else
+      drawn_backward(device, a, *x, *grad_y, k, need_grad_x, batch, grads);
+  } else {
+    device.sample_backward(SampleBackward{a.weight.view, static_cast<int>(kl), n_samples, nullptr, a.weight.view.type, k,
+                                          grads.weight_mu.mutable_data_ptr(), grads.weight_rho.mutable_data_ptr()});
+    bias_backward(device, a, std::nullopt, k, grads);
+  }
+  return {grads.x, grads.weight_mu, grads.weight_rho, grads.bias_mu, grads.bias_rho};
+}
+
+}  // namespace bnn_fast
