@@ -178,7 +178,7 @@ class BuildExtension(cpp_extension.BuildExtension):
                       "-DBNN_FAST_WITH_CUDA", *code_generation_flags(architectures)]
         if os.environ.get("BNN_FAST_STRICT") == "1":  # for those who work on it: another compiler has other warnings
             cxx += ["-Werror"]
-            nvcc_flags += ["-Werror", "all-warnings"]
+            nvcc_flags += ["-Werror", "all-warnings", "-Xptxas", "-warn-spills,-warn-lmem-usage"]
         cxx += [f'-DBNN_FAST_VERSION="{self.distribution.get_version()}"',
                 f'-DBNN_FAST_TORCH_VERSION="{torch.__version__}"',
                 f'-DBNN_FAST_CUDA_ARCHITECTURES="{";".join(architectures)}"']

@@ -1,4 +1,7 @@
-"""What needs a GPU: the CUDA kernel's bits, torch's current stream, CUDA graphs, layers on CUDA tensors."""
+"""What needs a GPU: bits, torch's current stream and device, CUDA graphs, no synchronisation, layers on CUDA tensors.
+
+tests/ptx asks the same kernels for their results, on a GPU too where there is one.
+"""
 
 from __future__ import annotations
 
@@ -43,6 +46,14 @@ def test_sample_normal_has_the_bits_of_the_cpu(scale, kl):
 
 
 @pytest.mark.cuda
+def test_many_weights_have_the_bits_of_the_cpu():
+    tensors = inputs(4096, 8192)
+    weight, _ = torch.ops.bnn_fast._sample_normal(*tensors, *OPTIONS, 0, 0, 1, 0, 0, 0)
+    on_gpu, _ = torch.ops.bnn_fast._sample_normal(*(t.cuda() for t in tensors), *OPTIONS, 0, 0, 1, 0, 0, 0)
+    assert torch.equal(on_gpu.cpu().view(torch.int32), weight.view(torch.int32))
+
+
+@pytest.mark.cuda
 def test_kernels_run_on_the_current_stream():
     mu, rho, key = (t.cuda() for t in inputs(2048, 4096))
     tail = (*OPTIONS, 0, 1, 1, 0, 0, 0)
@@ -69,6 +80,61 @@ def test_a_cuda_graph_draws_afresh_at_every_replay():
         first = y.clone()
         graph.replay()
     assert not torch.equal(first, y)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("features, batch", [(32, 100), (256, 8), (256, 100)], ids=["small", "fused", "drawn"])
+def test_a_training_step_in_a_cuda_graph_draws_afresh_and_learns(features, batch):
+    torch.manual_seed(0)
+    layer = bf.VariationalLinear(features, features, device="cuda")
+    optimizer = torch.optim.Adam(layer.parameters(), lr=1e-2, capturable=True)
+    x, target = torch.randn(2, batch, features, device="cuda").unbind()
+    losses = []
+
+    def step():
+        optimizer.zero_grad(set_to_none=True)
+        loss = (layer(x) - target).square().mean() + 1e-6 * bf.kl_divergence(layer)
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = step()
+    for _ in range(100):
+        graph.replay()
+        losses.append(loss.item())
+    assert len(set(losses)) == len(losses)
+    assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("features, batch", [(32, 100), (256, 8), (256, 100)], ids=["small", "fused", "drawn"])
+def test_a_step_never_waits_for_the_device(features, batch):
+    layer = bf.VariationalLinear(features, features, device="cuda")
+    x = torch.randn(batch, features, device="cuda", requires_grad=True)
+    (layer(x).square().mean() + bf.kl_divergence(layer)).backward()  # what is loaded at first may wait
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        (layer(x).square().mean() + bf.kl_divergence(layer)).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_kernels_run_on_the_tensors_device():
+    layer = bf.VariationalLinear(256, 256, device="cuda:1")
+    with torch.cuda.device(0):
+        y = layer(torch.randn(8, 256, device="cuda:1"))
+        y.square().mean().backward()
+    assert y.device.index == layer.weight_mu.grad.device.index == 1 and layer.weight_mu.grad.isfinite().all()
 
 
 @pytest.mark.cuda

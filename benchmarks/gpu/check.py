@@ -24,8 +24,8 @@ from typing import NamedTuple
 ROOT = pathlib.Path(__file__).parents[2]
 LOGS = ROOT / "build" / "gpu-check"
 SECONDS = {"build": 150, "tests": 120, "sanitizer": 50, "instructions": 40, "timings": 110}
-NOT_HERE = {"tests/test_build.py": "is about setup.py alone", "tests/test_installed.py": "needs pip",
-            "tests/ptx": "interprets the kernels that run for real here"}
+NOT_HERE = {"tests/test_build.py": "is about setup.py alone", "tests/test_installed.py": "needs pip"}
+MARKED = "not slow and not ptx"  # those of tests/ptx that interpret: they run for real here
 SKIPPED = r"SKIPPED.*(?:no CUDA GPU|built without CUDA kernels)"  # as tests/conftest.py says it
 OURS = ["--kernel-name", "kns=bnn_fast"]  # not for initcheck, which has to see what ATen's kernels write
 SANITIZERS = {"memcheck": ["--report-api-errors", "no"], "racecheck": OURS, "initcheck": [],
@@ -88,7 +88,7 @@ def build(path: pathlib.Path, until: float) -> Outcome:
 
 
 def tests(path: pathlib.Path, until: float) -> Outcome:
-    command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider",
+    command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "-m", MARKED,
                *(f"--ignore={name}" for name in NOT_HERE)]
     threads = os.cpu_count() or 1
     if importlib.util.find_spec("xdist"):

@@ -7,8 +7,11 @@ namespace {
 
 struct Cpu {
   Cpu(const Tensor&, const char*) {}
-  Tensor empty(const Tensor& like, const Shape& shape, ScalarType dtype) const { return empty_large(like, shape, dtype); }
-  Tensor sample(const Posterior& p, int64_t divergence, int64_t samples, void* weight, Type type, const Tensor& like) const {
+  Tensor empty(const Tensor& like, const Shape& shape, ScalarType dtype) const {
+    return empty_large(like, shape, dtype);
+  }
+  Tensor sample(const Posterior& p, int64_t divergence, int64_t samples, void* weight, Type type,
+                const Tensor& like) const {
     return scalar_tensor(bnn_fast::sample(p, divergence, samples, weight, type), like);
   }
   void backward(const SampleBackward& problem) const { run_spans(cpu_kernels().sample_backward, problem); }

@@ -9,9 +9,12 @@ namespace {
 class Cuda {
  public:
   Cuda(const Tensor& like, const char* name) : on(like), name(name) {}
-  Tensor empty(const Tensor& like, const Shape& shape, ScalarType dtype) const { return empty_of(like, shape, dtype); }
+  Tensor empty(const Tensor& like, const Shape& shape, ScalarType dtype) const {
+    return empty_of(like, shape, dtype);
+  }
 
-  Tensor sample(const Posterior& p, int64_t divergence, int64_t samples, void* weight, Type type, const Tensor& like) const {
+  Tensor sample(const Posterior& p, int64_t divergence, int64_t samples, void* weight, Type type,
+                const Tensor& like) const {
     SampleForward problem{p, static_cast<int>(divergence), samples, weight, type, nullptr};
     int64_t count = divergence == kNone ? 0 : bnn_fast_cuda_sample_forward_blocks(&problem);
     Tensor parts = empty_of(like, {count}, ScalarType::Double);
@@ -19,13 +22,17 @@ class Cuda {
     check_cuda(bnn_fast_cuda_sample_forward(&problem, on.stream()), name);
     Tensor sum = empty_of(like, {}, compute_type(like.scalar_type()));
     double factor = divergence == kSampled ? 1.0 / static_cast<double>(samples) : 1.0;
-    check_cuda(bnn_fast_cuda_sum(problem.kl, count, factor, sum.mutable_data_ptr(), type_of_tensor(sum, "sum"), on.stream()),
-               name);
+    Type sum_type = type_of_tensor(sum, "sum");
+    check_cuda(bnn_fast_cuda_sum(problem.kl, count, factor, sum.mutable_data_ptr(), sum_type, on.stream()), name);
     return sum;
   }
 
-  void backward(const SampleBackward& problem) const { check_cuda(bnn_fast_cuda_sample_backward(&problem, on.stream()), name); }
-  void kl_elements(const KlElements& problem) const { check_cuda(bnn_fast_cuda_kl_elements(&problem, on.stream()), name); }
+  void backward(const SampleBackward& problem) const {
+    check_cuda(bnn_fast_cuda_sample_backward(&problem, on.stream()), name);
+  }
+  void kl_elements(const KlElements& problem) const {
+    check_cuda(bnn_fast_cuda_kl_elements(&problem, on.stream()), name);
+  }
 
  private:
   OnDevice on;

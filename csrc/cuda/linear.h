@@ -1,6 +1,6 @@
 // The variational linear layer's fused CUDA kernels as the operators see them: problems and launchers. No torch here.
 //
-//   small_linear.cu    layers of at most kSmallSide x kSmallSide weights, any batch
+//   small_linear_forward.cu, small_linear_backward.cu    layers of at most kSmallSide x kSmallSide weights, any batch
 //   linear_forward.cu, linear_backward.cu    small batches
 //
 // A launcher cuts its workspace itself; *_workspace tells how many bytes it needs on the current device.

@@ -363,7 +363,7 @@ __device__ void bias_gradient(const LayerBackward& problem, int64_t counter) {
 }
 
 // Adds up the parts of dx, four inputs of one row to a thread; the last blocks finish the bias.
-__global__ void __launch_bounds__(kThreads) finish_kernel(LayerBackward problem, BackwardPlan plan, int64_t blocks_for_x) {
+__global__ void __launch_bounds__(kThreads, 2) finish_kernel(LayerBackward problem, BackwardPlan plan, int64_t blocks_for_x) {
   int64_t thread = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (blockIdx.x >= blocks_for_x) {
     int64_t counter = thread - blocks_for_x * kThreads;

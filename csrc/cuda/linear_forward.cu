@@ -86,36 +86,6 @@ template <Type type, int kBatch> struct Products {
   }
 };
 
-// The KL of one quad with all its samples: for the bias, which has one row.
-__device__ double bias_divergence(const Posterior& p, int divergence, int64_t samples, int64_t counter) {
-  Quad quad = quad_at(p, 0, counter);
-  float mu[4], rho[4], sum = 0;
-  load_quad<float>(p.mu, p.type, quad, 0.0f, mu);
-  load_quad<float>(p.rho, p.type, quad, -INFINITY, rho);
-  with_scale(p.scale, [&]<int scale>() {
-    Spread<float> spreads[4];
-    BNN_UNROLL
-    for (int k = 0; k < 4; ++k) spreads[k] = spread<scale>(rho[k]);
-    with_prior<float>(p.prior, p.type, quad, [&](auto prior) {
-      if (divergence == kAnalytic) {
-        sum = quad_kl<scale>(mu, rho, spreads, prior);
-        return;
-      }
-      QuadNoise noise(p);
-      for (int64_t s = 0; s < samples; ++s) {
-        float eps[4];
-        noise.draw<float>(s, 0, counter, eps);
-        BNN_UNROLL
-        for (int k = 0; k < 4; ++k) {
-          float w = fma_lane(spreads[k].sigma, eps[k], mu[k]);
-          sum += is_pruned(rho[k]) ? 0.0f : kl_sampled(w, eps[k], spreads[k].log_sigma, prior(k));
-        }
-      }
-    });
-  });
-  return sum;
-}
-
 template <Type type, int kBatch>
 __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) forward_kernel(LayerForward problem, ForwardPlan plan) {
   using T = Stored<type>;
@@ -145,7 +115,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) forward_kernel(
   stage_step(step);
   int64_t thread = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (problem.divergence != kNone && problem.bias.mu && blockIdx.y == 0 && thread < quads_in_row(problem.bias))
-    kl = bias_divergence(problem.bias, problem.divergence, problem.samples, thread);
+    kl = quad_divergence<float>(problem.bias, problem.divergence, 0, thread, 0, problem.samples, 1);
   for (; step < end; ++step) {
     if (step + 1 < end) stage_step(step + 1);
     __pipeline_wait_prior(step + 1 < end ? 1 : 0);

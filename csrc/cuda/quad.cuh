@@ -196,6 +196,39 @@ __device__ __forceinline__ Quad quad_at(const Posterior& p, int64_t row, int64_t
   return Quad(p.rows, p.columns, row, counter * 4 - (p.column_offset & 3));
 }
 
+// The KL of the quad at a row and counter: the analytic one, or the sum of the sampled one over every step-th sample from `first` on.
+template <class F>
+__device__ double quad_divergence(const Posterior& p, int divergence, int64_t row, int64_t counter, int64_t first, int64_t samples,
+                                  int64_t step) {
+  Quad quad = quad_at(p, row, counter);
+  F mu[4], rho[4];
+  load_quad<F>(p.mu, p.type, quad, F(0), mu);
+  load_quad<F>(p.rho, p.type, quad, F(-INFINITY), rho);
+  PriorAt<F> prior[4];
+  with_prior<F>(p.prior, p.type, quad, [&](auto prior_of) {
+    BNN_UNROLL
+    for (int k = 0; k < 4; ++k) prior[k] = prior_of(k);
+  });
+  double sum = 0;
+  Spread<F> spreads[4];
+  with_scale(p.scale, [&]<int scale>() {
+    BNN_UNROLL
+    for (int k = 0; k < 4; ++k) spreads[k] = spread<scale>(rho[k]);
+    if (divergence == kAnalytic) sum = quad_kl<scale>(mu, rho, spreads, [&](int k) { return prior[k]; });
+  });
+  QuadNoise noise(p);
+  for (int64_t s = first; divergence == kSampled && s < samples; s += step) {
+    F eps[4];
+    noise.draw<F>(s, row, counter, eps);
+    BNN_UNROLL
+    for (int k = 0; k < 4; ++k) {
+      F w = fma_lane(spreads[k].sigma, eps[k], mu[k]);
+      sum += select(is_pruned(rho[k]), F(0), kl_sampled(w, eps[k], spreads[k].log_sigma, prior[k]));
+    }
+  }
+  return sum;
+}
+
 // The sum over a block of at most 1024 threads, in a fixed order, for thread 0. Every thread must call it.
 template <class F> __device__ __forceinline__ F block_sum(F value) {
   __shared__ F warps[32];

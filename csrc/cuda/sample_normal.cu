@@ -1,14 +1,14 @@
 // Sampling a tensor's weights on the GPU with the KL of its elements, forward and backward.
 //
-//   forward    w_s = mu + sigma(rho) eps_s           kl = sum of KL(N(mu, sigma^2) || prior), or of its value at w_s
-//   backward   dmu = sum_s dW_s + k dKL/dmu          drho = sigma' sum_s dW_s eps_s + k dKL/drho
+//   forward    w_s = mu + sigma(rho) eps_s      kl = sum of KL(N(mu, sigma^2) || prior), or of its value at w_s
+//   backward   dmu = sum_s dW_s + k dKL/dmu     drho = sigma' sum_s dW_s eps_s + k dKL/drho
 //
 // With the sampled divergence k dKL_s/dw_s / S is added to dW_s, and only -(log sigma)' is left in dKL/drho.
 //
-// A thread takes every n-th quad, n threads in all: neighbouring threads read neighbouring memory. For each it computes sigma
-// once and walks the samples; the backward draws the noise again. Each block writes its part of the KL as one number, and
-// bnn_fast_cuda_sum adds these. The grid depends on the shape alone and every order is fixed, so all results have the
-// same bits in every run.
+// A thread takes every n-th quad, n threads in all: neighbouring threads read neighbouring memory. For each it
+// computes sigma once and walks the samples; the backward draws the noise again. Each block writes its part of the
+// KL as one number, and bnn_fast_cuda_sum adds these. The grid depends on the shape alone and every order is fixed,
+// so all results have the same bits in every run, on every GPU.
 #include <cuda_runtime.h>
 
 #include <type_traits>
@@ -23,12 +23,19 @@ constexpr int kThreads = 256;
 // Four full waves of four blocks on each of an H200's 132 multiprocessors.
 constexpr int64_t kMostBlocks = 4 * 4 * 132;
 
-// What registers are limited for: half of a multiprocessor's threads where that does.
+// What registers are limited for: half of a multiprocessor's threads (1536 in some architectures, 2048 in others),
+// less for ragged quads and for double.
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200)
+constexpr int kHalfOfThreads = 1536 / 2 / kThreads;
+#else
+constexpr int kHalfOfThreads = 2048 / 2 / kThreads;
+#endif
 template <class F, class AnyQuad>
-constexpr int kBlocksPerProcessor = sizeof(F) == 8 ? 1 : std::is_same_v<AnyQuad, WholeQuad> ? 4 : 2;
+constexpr int kBlocksPerProcessor =
+    sizeof(F) == 8 ? 1 : std::is_same_v<AnyQuad, WholeQuad> ? kHalfOfThreads : 2;
 
-// How threads walk over the quads of all rows, end to end: from one of a thread's quads to its next, row and counter advance
-// by fixed amounts, so that nothing is divided on the way.
+// How threads walk over the quads of all rows, end to end: from one of a thread's quads to its next, row and counter
+// advance by fixed amounts, so that nothing is divided on the way.
 struct Walk {
   uint32_t blocks = 0;
   uint32_t rounds, last;          // quads of a thread: one less from thread `last` on
@@ -75,7 +82,8 @@ __device__ __forceinline__ void for_quads(const Posterior& p, const Walk& walk, 
 }
 
 template <class F> __device__ F load_number(const void* data, Type type) {
-  return type == Type::kFloat64 ? static_cast<F>(*static_cast<const double*>(data)) : static_cast<F>(load_element<float>(data, type, 0));
+  if (type == Type::kFloat64) return static_cast<F>(load_element<double>(data, type, 0));
+  return static_cast<F>(load_element<float>(data, type, 0));
 }
 
 template <class F, class AnyQuad>
@@ -111,17 +119,17 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor<F, AnyQuad>)
         if (scale == kSoftplus) log_product = log_lane(product);
       }
     });
-    for (uint32_t s = 0; s < samples; ++s) {
+    AnyQuad at = q;  // in the weights of sample s
+    for (uint32_t s = 0; s < samples; ++s, at.index += work.elements) {
       F eps[4], w[4];
-      AnyQuad at = q;  // in the weights of sample s
-      at.index += s * work.elements;
       noise.draw(s, row, counter, eps);
       for (int k = 0; k < 4; ++k) w[k] = fma_lane(sigma[k], eps[k], mu[k]);
       if (problem.weight) store_quad<F>(problem.weight, problem.weight_type, at, w);
       if (divergence != kSampled) continue;
       with_prior<F>(p.prior, work.prior, p.type, q, [&](auto prior) {
         F sum = -log_product;
-        for (int k = 0; k < 4; ++k) sum += select(is_pruned(rho[k]), F(0), kl_sampled(w[k], eps[k], log_sigma[k], prior(k)));
+        for (int k = 0; k < 4; ++k)
+          sum += select(is_pruned(rho[k]), F(0), kl_sampled(w[k], eps[k], log_sigma[k], prior(k)));
         kl += static_cast<double>(sum);
       });
     }
@@ -223,11 +231,12 @@ __global__ void __launch_bounds__(kThreads)
     *static_cast<float*>(out) = static_cast<float>(sum);
 }
 
-template <class F, class P> cudaError_t launch(void (*kernel)(Work<F, P>), const P& problem, cudaStream_t stream) {
-  const Prior& prior = problem.posterior.prior;
-  Work<F, P> work{problem, Walk(problem.posterior),
-                  {static_cast<F>(prior.loc), static_cast<F>(1 / prior.scale), static_cast<F>(log(prior.scale))},
-                  problem.posterior.rows * problem.posterior.columns};
+template <class F, class P>
+cudaError_t launch(void (*kernel)(Work<F, P>), const P& problem, cudaStream_t stream) {
+  const Posterior& p = problem.posterior;
+  F loc = static_cast<F>(p.prior.loc), inverse = static_cast<F>(1 / p.prior.scale);
+  Work<F, P> work{
+      problem, Walk(p), {loc, inverse, static_cast<F>(log(p.prior.scale))}, p.rows * p.columns};
   if (work.walk.blocks == 0) return cudaSuccess;
   kernel<<<work.walk.blocks, kThreads, 0, stream>>>(work);
   return cudaGetLastError();
@@ -243,11 +252,14 @@ bool whole(const Posterior& p, const void* a, const void* b, const void* c) {
 
 }  // namespace
 
-extern "C" int64_t bnn_fast_cuda_sample_forward_blocks(const SampleForward* problem) { return Walk(problem->posterior).blocks; }
+extern "C" int64_t bnn_fast_cuda_sample_forward_blocks(const SampleForward* problem) {
+  return Walk(problem->posterior).blocks;
+}
 
 extern "C" cudaError_t bnn_fast_cuda_sample_forward(const SampleForward* problem, void* stream) {
   auto queue = static_cast<cudaStream_t>(stream);
-  if (problem->posterior.type == Type::kFloat64) return launch(sample_forward_kernel<double, Quad>, *problem, queue);
+  if (problem->posterior.type == Type::kFloat64)
+    return launch(sample_forward_kernel<double, Quad>, *problem, queue);
   if (!whole(problem->posterior, problem->weight, nullptr, nullptr))
     return launch(sample_forward_kernel<float, Quad>, *problem, queue);
   return launch(sample_forward_kernel<float, WholeQuad>, *problem, queue);
@@ -257,8 +269,10 @@ extern "C" cudaError_t bnn_fast_cuda_sample_backward(const SampleBackward* given
   auto queue = static_cast<cudaStream_t>(stream);
   SampleBackward problem = *given;
   if (!problem.grad_kl.data) problem.divergence = kNone;
-  if (!problem.grad_weight && problem.divergence != kSampled) problem.samples = 0;  // no gradient comes through the weights
-  if (problem.posterior.type == Type::kFloat64) return launch(sample_backward_kernel<double, Quad>, problem, queue);
+  bool through_weights = problem.grad_weight || problem.divergence == kSampled;
+  if (!through_weights) problem.samples = 0;
+  if (problem.posterior.type == Type::kFloat64)
+    return launch(sample_backward_kernel<double, Quad>, problem, queue);
   if (!whole(problem.posterior, problem.grad_weight, problem.grad_mu, problem.grad_rho))
     return launch(sample_backward_kernel<float, Quad>, problem, queue);
   return launch(sample_backward_kernel<float, WholeQuad>, problem, queue);
@@ -266,11 +280,13 @@ extern "C" cudaError_t bnn_fast_cuda_sample_backward(const SampleBackward* given
 
 extern "C" cudaError_t bnn_fast_cuda_kl_elements(const KlElements* problem, void* stream) {
   auto queue = static_cast<cudaStream_t>(stream);
-  if (problem->posterior.type == Type::kFloat64) return launch(kl_elements_kernel<double, Quad>, *problem, queue);
+  if (problem->posterior.type == Type::kFloat64)
+    return launch(kl_elements_kernel<double, Quad>, *problem, queue);
   return launch(kl_elements_kernel<float, Quad>, *problem, queue);
 }
 
-extern "C" cudaError_t bnn_fast_cuda_sum(const double* parts, int64_t count, double factor, void* out, Type type, void* stream) {
+extern "C" cudaError_t bnn_fast_cuda_sum(const double* parts, int64_t count, double factor, void* out, Type type,
+                                         void* stream) {
   sum_kernel<<<1, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(parts, count, factor, out, type);
   return cudaGetLastError();
 }

@@ -17,7 +17,8 @@ cudaError_t bnn_fast_cuda_sample_backward(const SampleBackward* problem, void* s
 cudaError_t bnn_fast_cuda_kl_elements(const KlElements* problem, void* stream);
 
 // out = factor * the sum of the parts, 0 if there are none: one float, or double if that is the type.
-cudaError_t bnn_fast_cuda_sum(const double* parts, int64_t count, double factor, void* out, Type type, void* stream);
+cudaError_t bnn_fast_cuda_sum(const double* parts, int64_t count, double factor, void* out, Type type,
+                              void* stream);
 
 }
 

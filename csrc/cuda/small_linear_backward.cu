@@ -116,7 +116,7 @@ __global__ void __launch_bounds__(kSmallThreads, sizeof(F) == 4 ? 2 : 1)
 // One warp for each quad. lanes: those that share a sample's parts, a power of two. The parts are added
 // before sigma is computed, so that their loads do not wait for rho's.
 template <class F>
-__global__ void __launch_bounds__(32) small_gradient_kernel(LayerBackward problem, Plan plan, int lanes) {
+__global__ void __launch_bounds__(32, 8) small_gradient_kernel(LayerBackward problem, Plan plan, int lanes) {
   LayerQuad at(problem.weight, problem.bias, plan.quads, blockIdx.x);
   const Posterior& p = at.posterior;
   Quad quad = at.quad();

@@ -19,29 +19,7 @@ template <class F> __device__ void write_kl(const LayerForward& problem, const L
   double sum = 0;
   for (int i = threadIdx.x; i < items; i += kSmallThreads) {
     LayerQuad at(problem.weight, problem.bias, quads, i % quads.count);
-    const Posterior& p = at.posterior;
-    Quad quad = at.quad();
-    QuadNoise noise(p);
-    F mu[4], rho[4];
-    load_quad<F>(p.mu, p.type, quad, F(0), mu);
-    load_quad<F>(p.rho, p.type, quad, F(-INFINITY), rho);
-    PriorAt<F> prior[4];
-    with_prior<F>(p.prior, p.type, quad, [&](auto prior_of) {
-      for (int k = 0; k < 4; ++k) prior[k] = prior_of(k);
-    });
-    Spread<F> spreads[4];
-    with_scale(p.scale, [&]<int scale>() {
-      for (int k = 0; k < 4; ++k) spreads[k] = spread<scale>(rho[k]);
-      if (!sampled) sum += quad_kl<scale>(mu, rho, spreads, [&](int k) { return prior[k]; });
-    });
-    for (int64_t s = i / quads.count; sampled && s < problem.samples; s += copies) {
-      F eps[4];
-      noise.draw<F>(s, at.row, at.counter, eps);
-      for (int k = 0; k < 4; ++k) {
-        F w = fma_lane(spreads[k].sigma, eps[k], mu[k]);
-        sum += select(is_pruned(rho[k]), F(0), kl_sampled(w, eps[k], spreads[k].log_sigma, prior[k]));
-      }
-    }
+    sum += quad_divergence<F>(at.posterior, problem.divergence, at.row, at.counter, i / quads.count, problem.samples, copies);
   }
   sum = block_sum(sum);
   if (sampled) sum /= static_cast<double>(problem.samples);

@@ -103,11 +103,10 @@ def link(objects: list[Path]) -> Path:
     return make(folder, command) / library.name
 
 
-@functools.cache
-def resources() -> list[Resources]:
-    """Of every kernel on every default architecture, compiled as setup.py does; a warning is an error."""
+def resources(architectures: list[str], sources: list[Path] | None = None) -> list[Resources]:
+    """Of every kernel on these architectures, compiled as setup.py does; a warning is an error."""
     flags = [*NVCC_FLAGS, "-Werror=all-warnings", "-cubin", "-Xptxas=-v"]
-    pairs = [(source, architecture) for source in kernel_sources() for architecture in architectures()]
+    pairs = [(source, name) for source in sources or kernel_sources() for name in architectures]
     headers = headers_of(CSRC)
     folders = in_parallel(
         [functools.partial(cached, source, [*flags, f"-arch=sm_{name}"], headers) for source, name in pairs]
@@ -169,6 +168,9 @@ def make(folder: Path, command: list[str]) -> Path:
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)}\n{done.stdout}")
         (work / "log").write_text(done.stdout)
+        for path in work.iterdir():
+            if path.suffix not in ("", ".o", ".so", ".ptx"):  # what --keep keeps is large
+                path.unlink()
         work.rename(folder)
     except OSError:
         if not folder.exists():  # otherwise another run was faster

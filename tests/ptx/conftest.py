@@ -1,11 +1,21 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 from kernels import one_thread  # noqa: F401
 
 from ptx import build
+from ptx.device import Device
+
+HERE = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if HERE in item.path.parents and not item.get_closest_marker("cuda"):
+            item.add_marker("ptx")
 
 
 @pytest.fixture(scope="session")
@@ -17,8 +27,14 @@ def nvcc() -> str:
 
 
 @pytest.fixture(scope="session")
-def cuda_ops(nvcc):
+def interpreted(nvcc):
     """The CUDA operators on CPU tensors (operators.py), with PTX for sm_80 or BNN_FAST_PTX_ARCHITECTURE."""
     from ptx.operators import Operators
 
     return Operators(build.operators(os.environ.get("BNN_FAST_PTX_ARCHITECTURE", "80")))
+
+
+@pytest.fixture(scope="session", params=["interpreted", pytest.param("device", marks=pytest.mark.cuda)])
+def cuda_ops(request):
+    """The CUDA operators, from their PTX and on a GPU."""
+    return request.getfixturevalue("interpreted") if request.param == "interpreted" else Device()

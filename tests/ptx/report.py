@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ptx.build import Resources, find_nvcc, resources
+from ptx.build import Resources, architectures, find_nvcc, resources
 
 
 def table(found: list[Resources]) -> str:
@@ -34,4 +34,4 @@ def table(found: list[Resources]) -> str:
 if __name__ == "__main__":
     if find_nvcc() is None:
         raise SystemExit("nvcc was not found: put it on PATH, or its toolkit's folder in CUDA_HOME")
-    print(table(resources()))
+    print(table(resources(architectures())))

@@ -49,6 +49,7 @@ KERNELS = {  # name: (blocks, threads, elements), what is wrong
     "exit_before_barrier": (BARRIERS, "divergent barrier"),
     "barriers_at_two_places": (BARRIERS, "divergent barrier"),
     "named_barrier_of_others": (BARRIERS, RACE("shared", "read", "write")),
+    "named_barrier_from_two_places": (BARRIERS, "divergent barrier"),
     "named_barrier_chain": (BARRIERS, RACE("shared", "read", "write")),
     "producer_and_consumer": (BARRIERS, RACE("shared", "write", "read")),
     "copy_without_wait": (ASYNCHRONOUS, "read of cp.async data before its wait"),

@@ -111,8 +111,8 @@ def test_linear_awkward_shapes(outputs, inputs, cuda_ops):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("multiprocessors", [1, 132])
-def test_linear_split_over_any_number_of_multiprocessors(multiprocessors, dtype, cuda_ops):
-    cuda_ops.runtime.stand_in_set_multiprocessors(multiprocessors)
+def test_linear_split_over_any_number_of_multiprocessors(multiprocessors, dtype, interpreted):
+    interpreted.runtime.stand_in_set_multiprocessors(multiprocessors)
     try:
         for batch in (2, 16, 64 if dtype == torch.bfloat16 else 9):
             check_linear(
@@ -120,10 +120,10 @@ def test_linear_split_over_any_number_of_multiprocessors(multiprocessors, dtype,
                 *posterior(130, 257, dtype=dtype),
                 *posterior(130, dtype=dtype, seed=1),
                 kl="sampled",
-                ops=cuda_ops,
+                ops=interpreted,
             )
     finally:
-        cuda_ops.runtime.stand_in_set_multiprocessors(MULTIPROCESSORS)
+        interpreted.runtime.stand_in_set_multiprocessors(MULTIPROCESSORS)
 
 
 def test_linear_strides_and_dimensions(regime, cuda_ops):
@@ -214,11 +214,11 @@ def test_linear_multiplies_by_the_cpus_weights_bit_for_bit(dtype, regime, cuda_o
         assert torch.equal(y, drawn[:, first : first + batch].T)
 
 
-def test_each_regime_has_its_own_kernels_and_the_same_bits_twice(cuda_ops):
+def test_each_regime_has_its_own_kernels_and_the_same_bits_twice(interpreted):
     launched = []
     for outputs, inputs, batch in REGIMES.values():
         x, parameters = random(batch, inputs), (*posterior(outputs, inputs), *posterior(outputs, seed=1))
-        cuda_ops.launches.clear()
+        interpreted.launches.clear()
         results = []
         for _ in range(2):
             y, kl, gradients = raw_linear(
@@ -229,10 +229,10 @@ def test_each_regime_has_its_own_kernels_and_the_same_bits_twice(cuda_ops):
                 kl="analytic",
                 grad_y=random(batch, outputs),
                 grad_kl=torch.tensor(0.3),
-                ops=cuda_ops,
+                ops=interpreted,
             )
             results.append((y, kl, *gradients))
         for a, b in zip(*results):
             assert torch.equal(a, b)
-        launched.append(frozenset(launch.kernel for launch in cuda_ops.launches))
+        launched.append(frozenset(launch.kernel for launch in interpreted.launches))
     assert len(set(launched)) == len(REGIMES)

@@ -38,6 +38,14 @@ def test_shuffle_by_a_different_lane_each():
     np.testing.assert_array_equal(result, value[np.arange(96) // 32 * 32 + source])
 
 
+def test_a_shuffle_waits_for_lanes_that_come_from_further_down():
+    code = """setp.lt.u32 %p0, %tid, 16; mov.b32 $r0, 1; @%p0 bra below;
+        above: shfl.sync.bfly.b32 $r0, $r0, 16, 31, -1; bra.uni end;
+        below: mov.b32 $r0, 7; bra.uni above;
+        end:"""
+    np.testing.assert_array_equal(run(code, results=[np.uint32]), np.where(LANE < 16, 1, 7))
+
+
 def test_votes_and_reductions():
     value = RANDOM.integers(0, 5, 64, dtype=np.uint32)
     value[32:] = 3

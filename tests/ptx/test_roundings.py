@@ -40,6 +40,12 @@ def test_fma_f64_rounds_once():
     a[600:640] *= 2.0**500
     b[600:640] *= 2.0**500
     c[640:700] *= 2.0**-1000
+    # Just below and above the middle between two numbers, by 2^-157 of it.
+    a[700:702], b[700:702], c[700:702] = (
+        1 + 2.0**-52,
+        [(1 - 2.0**-52) * 2.0**-53, -(1 - 2.0**-52) * 2.0**-53],
+        1 + 2.0**-52,
+    )
     exact = [x * y + z for x, y, z in zip(*fractions(a, b, c))]
     np.testing.assert_array_equal(
         run("fma.rn.f64 $r0, $0, $1, $2;", a, b, c, results=[np.float64]), exactly(exact, "f64")

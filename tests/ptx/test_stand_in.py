@@ -21,12 +21,12 @@ class Dim3(ctypes.Structure):
 
 
 @pytest.fixture
-def runtime(cuda_ops, monkeypatch):
+def runtime(interpreted, monkeypatch):
     """The runtime with a kernel "k" registered at the address 1, whose launches all succeed."""
-    library = cuda_ops.runtime
+    library = interpreted.runtime
     nothing = ctypes.c_void_p(None)
     library.__cudaRegisterFunction(nothing, ctypes.c_void_p(1), nothing, b"k", -1, *[nothing] * 5)
-    monkeypatch.setattr(cuda_ops, "_interpret", lambda *launch: None)
+    monkeypatch.setattr(interpreted, "_interpret", lambda *launch: None)
     return library
 
 
@@ -84,60 +84,60 @@ def draw(ops: Operators, columns: int = 37):
     return ops._sample_normal(mu, rho, KEY, None, None, 0.25, 0.5, 0, 1, 1, 0, 0, 0)
 
 
-def test_a_fault_in_a_kernel_reaches_the_caller(cuda_ops, monkeypatch):
+def test_a_fault_in_a_kernel_reaches_the_caller(interpreted, monkeypatch):
     def planted(*launch):
         raise PtxFault("planted")
 
-    monkeypatch.setattr(cuda_ops, "_interpret", planted)
+    monkeypatch.setattr(interpreted, "_interpret", planted)
     with pytest.raises(PtxFault, match="planted"):
-        draw(cuda_ops)
+        draw(interpreted)
 
 
-def test_a_failed_launch_is_an_exception_that_names_the_operator(cuda_ops):
+def test_a_failed_launch_is_an_exception_that_names_the_operator(interpreted):
     refuse = Launcher(lambda *launch: LAUNCH_FAILURE)
-    cuda_ops.runtime.stand_in_set_launcher(refuse)
+    interpreted.runtime.stand_in_set_launcher(refuse)
     try:
         with pytest.raises(RuntimeError, match="bnn_fast::_sample_normal: unspecified launch failure"):
-            draw(cuda_ops)
+            draw(interpreted)
     finally:
-        cuda_ops.runtime.stand_in_set_launcher(cuda_ops._launcher)
+        interpreted.runtime.stand_in_set_launcher(interpreted._launcher)
 
 
-def test_static_shared_memory_counts(cuda_ops, monkeypatch):
-    usual = cuda_ops._interpret
+def test_static_shared_memory_counts(interpreted, monkeypatch):
+    usual = interpreted._interpret
     for static in (255, 256):  # of block_sum: see csrc/cuda/quad.cuh
-        monkeypatch.setattr(cuda_ops, "_interpret", lambda at, most, arguments: usual(at, static, arguments))
+        monkeypatch.setattr(interpreted, "_interpret", lambda at, most, arguments: usual(at, static, arguments))
         with nullcontext() if static == 256 else pytest.raises(RuntimeError, match="takes 256 . 0 bytes"):
-            draw(cuda_ops)
+            draw(interpreted)
 
 
 @pytest.mark.parametrize("columns", [36, 37])
-def test_an_access_one_element_beyond_a_buffer_is_a_fault(columns, cuda_ops, monkeypatch):
-    whole = cuda_ops.allocations
+def test_an_access_one_element_beyond_a_buffer_is_a_fault(columns, interpreted, monkeypatch):
+    whole = interpreted.allocations
 
     def shortened():
         return [type(a)(a.address, a.size - 4 * (a.size == 19 * columns * 4), a.number) for a in whole()]
 
-    draw(cuda_ops, columns)
-    monkeypatch.setattr(cuda_ops, "allocations", shortened)
+    draw(interpreted, columns)
+    monkeypatch.setattr(interpreted, "allocations", shortened)
     with pytest.raises(PtxFault, match=r"\.cuh?:\d+"):
-        draw(cuda_ops, columns)
+        draw(interpreted, columns)
 
 
 @pytest.mark.parametrize("fault", [{"read_only": True}, {"initialised": False}], ids=str)
-def test_arguments_are_not_written_and_fresh_memory_is_not_read(fault, cuda_ops, monkeypatch):
+def test_arguments_are_not_written_and_fresh_memory_is_not_read(fault, interpreted, monkeypatch):
     """Seen by taking the outputs for arguments, or the arguments for fresh memory."""
     usual = _Memory._add
     monkeypatch.setattr(
         _Memory, "_add", lambda self, a, name, **known: usual(self, a, name, **(known | fault))
     )
     with pytest.raises(PtxFault):
-        draw(cuda_ops)
+        draw(interpreted)
 
 
-def test_no_memory_outlives_a_call(cuda_ops):
-    weight, _ = draw(cuda_ops)
-    assert weight.isfinite().all() and cuda_ops.allocations() == []
+def test_no_memory_outlives_a_call(interpreted):
+    weight, _ = draw(interpreted)
+    assert weight.isfinite().all() and interpreted.allocations() == []
 
 
 def test_what_the_runtime_leaves_out_does_not_link(nvcc, tmp_path):

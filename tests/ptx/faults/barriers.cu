@@ -34,6 +34,20 @@ extern "C" __global__ void named_barrier_of_others(float* out, int faulty) {
   out[threadIdx.x] = tile[(threadIdx.x + 32) % 96];  // fault: named_barrier_of_others
 }
 
+extern "C" __global__ void named_barrier_from_two_places(float* out, int faulty) {
+  __shared__ float tile[96];
+  tile[threadIdx.x] = threadIdx.x;
+  if (threadIdx.x < 32) {
+    BARRIER(3, 96);
+    out[threadIdx.x] = tile[threadIdx.x + 32];
+  } else if (!faulty) {
+    BARRIER(3, 96);
+    out[threadIdx.x] = tile[threadIdx.x - 32];
+  } else {
+    BARRIER(3, 64);  // fault: named_barrier_from_two_places
+  }
+}
+
 extern "C" __global__ void named_barrier_chain(float* out, int faulty) {  // 0 -> 1 -> 2: order is passed on
   __shared__ float tile[32];
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32;

@@ -25,10 +25,13 @@ extern "C" __global__ void one_reader_of_many(float* out, int faulty) {
   __shared__ float tile[64];
   tile[threadIdx.x] = threadIdx.x;
   __syncthreads();
-  float first = tile[0];  // all threads, and one of them writes it next
+  float sum = tile[0];  // all threads, the second warp twice, and one thread of it writes next
+  __syncwarp();
+  if (threadIdx.x >= 32) sum += *static_cast<volatile float*>(tile);
+  __syncwarp();
   if (!faulty) __syncthreads();
-  if (threadIdx.x == 5) tile[0] = 1;  // fault: one_reader_of_many
-  out[threadIdx.x] = first;
+  if (threadIdx.x == 63) tile[0] = 1;  // fault: one_reader_of_many
+  out[threadIdx.x] = sum;
 }
 
 extern "C" __global__ void read_before_syncwarp(float* out, int faulty) {

@@ -111,7 +111,7 @@ def _global(state, address, size, lanes, which, writing):
         if not inside[0]:
             raise LaneFault(
                 "out-of-bounds access of global memory",
-                state.memory.describe(int(address[0]), size),
+                state.launch.memory.describe(int(address[0]), size),
                 int(lanes[0]),
             )
         yield _in_region(state, region, address[inside], lanes[inside], rest[inside], writing)

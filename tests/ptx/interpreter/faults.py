@@ -23,3 +23,7 @@ class LaneFault(Exception):
     def __init__(self, kind, detail="", lane=None, other=None):
         super().__init__(kind, detail, lane, other)
         self.kind, self.detail, self.lane, self.other = kind, detail, lane, other
+
+
+class NotConverged(LaneFault):
+    """Lanes that an instruction needs are elsewhere; it has done nothing yet."""

@@ -8,13 +8,14 @@ spins until another one at a later instruction lets it go spins for ever; STEP_L
 from __future__ import annotations
 
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import numpy as np
 
 from .barriers import Barriers
 from .decoding import decode
-from .faults import LaneFault, PtxFault
-from .memory import Block, GlobalMemory
+from .faults import LaneFault, NotConverged, PtxFault
+from .memory import Block, GlobalMemory, Variables
 from .module import Module
 from .program import Program, storage
 from .races import Clocks, Shadow
@@ -40,58 +41,62 @@ def launch(
     threads = block[0] * block[1] * block[2]
     if not 1 <= threads <= 1024 or min(grid) < 1:
         raise ValueError(f"launch of {name}: grid {tuple(grid)} of blocks {tuple(block)} is not possible")
-    program, variables = _program(module, name)
+    program = _program(module, name)
+    this = _Launch(program, tuple(grid), tuple(block), dynamic_shared, params, memory, module.loaded, {})
     shared = program.sizes["shared"] + dynamic_shared
     blocks = grid[0] * grid[1] * grid[2]
     at_once = max(1, min(blocks, LANES // -(-threads // 32 * 32), SHARED_BYTES // max(shared, 1)))
-    shadows = {}
     with np.errstate(all="ignore"):
         for first in range(0, blocks, at_once):
-            count = min(at_once, blocks - first)
-            _Chunk(
-                program, grid, block, first, count, shared, dynamic_shared, params, memory, variables, shadows
-            ).run()
+            _Chunk(this, first, min(at_once, blocks - first)).run()
 
 
 def _program(module, name):
-    """The decoded kernel, and the module's variables as memory; both made once."""
-    if "" not in module.programs:
-        variables = GlobalMemory()
-        for variable in module.variables.values():
-            if variable.data is not None:
-                data = np.zeros(variable.size + 32, np.uint8)
-                start = -data.ctypes.data % 16
-                data[start : start + variable.size] = np.frombuffer(variable.data, np.uint8)
-                address = data.ctypes.data + start
-                variables.add(address, variable.size, variable.name, variable.space == "const")
-                module.programs["", variable.name] = (data, address)
-        module.programs[""] = variables
+    """The kernel, laid out once; its instructions are decoded when they are first met."""
+    if module.loaded is None:
+        module.loaded = Variables(v for v in module.variables.values() if v.data is not None)
     if name not in module.programs:
-        addresses = {key[1]: value[1] for key, value in module.programs.items() if isinstance(key, tuple)}
-        program = module.programs[name] = Program(module, module.kernels[name], addresses)
-        program.steps = [decode(program, instruction) for instruction in program.instructions]
-    return module.programs[name], module.programs[""]
+        program = module.programs[name] = Program(module, module.kernels[name], module.loaded.addresses)
+        program.steps = [_undecoded(program, pc) for pc in range(len(program.instructions))]
+    return module.programs[name]
+
+
+def _undecoded(program, pc):
+    def step(state):
+        decoded = program.steps[pc] = decode(program, program.instructions[pc])
+        return decoded(state)
+
+    return step
+
+
+class _Launch(NamedTuple):
+    program: Program
+    grid: tuple
+    block: tuple
+    dynamic_shared: int
+    params: list
+    memory: GlobalMemory
+    variables: Variables
+    shadows: dict  # of regions of global memory
 
 
 class _Chunk:
     """The state of some blocks that run together. The steps of a program work on it."""
 
-    def __init__(
-        self, program, grid, block, first, blocks, shared, dynamic_shared, params, memory, variables, shadows
-    ):
-        self.program, self.grid, self.block, self.blocks, self.first = program, grid, block, blocks, first
+    def __init__(self, launch, first, blocks):
+        self.launch, self.program, self.first, self.blocks = launch, launch.program, first, blocks
+        block = launch.block
         self.threads = block[0] * block[1] * block[2]
         self.warps = -(-self.threads // 32)
         self.block_lanes = 32 * self.warps
         self.lane_count = blocks * self.block_lanes
         self.lane_total = blocks * self.threads  # lanes that are threads
-        self.memory, self.variables, self.shadows = memory, variables, shadows
-        self.shared, self.local = Block(blocks, shared), Block(self.lane_count, program.sizes["local"])
-        self.dynamic_shared = dynamic_shared
-        self.shared_shadow = Shadow(len(self.shared.bytes), program.shift)
+        self.shared = Block(blocks, self.program.sizes["shared"] + launch.dynamic_shared)
+        self.local = Block(self.lane_count, self.program.sizes["local"])
+        self.shared_shadow = Shadow(len(self.shared.bytes), self.program.shift)
         self.clocks = Clocks(blocks, self.warps, first * self.block_lanes)
-        self.params = self._lay_out(params)
-        self.registers = [np.zeros(1, storage(kind)) for kind in program.types]
+        self.params = self._lay_out(launch.params)
+        self.registers = [np.zeros(1, storage(kind)) for kind in self.program.types]
         self.copies, self.groups = [], np.zeros(self.lane_count, np.int64)  # of cp.async
         in_block = np.arange(self.lane_count) % self.block_lanes
         self.live = in_block < self.threads
@@ -111,26 +116,37 @@ class _Chunk:
     # Scheduling.
 
     def run(self):
+        """Runs the group of lanes at the lowest place up to the next group, which it joins there. A group that lacks
+        lanes of its warps waits for them, until no other can run.
+        """
         try:
-            steps, issued = self.program.steps, 0
+            steps, issued, held = self.program.steps, 0, {}
             while self.queue:
                 pc = min(self.queue)
-                self.activate(self.queue.pop(pc))
-                end = min(self.queue, default=len(steps))
+                group = self.queue.pop(pc)
+                if pc in held:
+                    group |= held.pop(pc)[0]
+                self.activate(group)
+                end = min((place for place in (*self.queue, *held) if place > pc), default=len(steps))
                 start = pc
-                while pc < end:
-                    self.pc = pc
-                    if steps[pc](self):
-                        break
-                    pc += 1
-                else:
-                    if end == len(steps):
-                        self.exit(self.mask)
+                try:
+                    while pc < end:
+                        self.pc = pc
+                        if steps[pc](self):
+                            break
+                        pc += 1
                     else:
-                        self.enqueue(end, self.mask)
+                        if end == len(steps):
+                            self.exit(self.mask)
+                        else:
+                            self.enqueue(end, self.mask)
+                except NotConverged as fault:
+                    held[pc] = group, fault
                 issued += pc - start + 1
                 if issued > STEP_LIMIT:
                     raise LaneFault("no end", f"after {STEP_LIMIT} instructions", int(self.active[0]))
+            for self.pc, (_, fault) in held.items():
+                raise fault
             self.barriers.check_empty()
         except LaneFault as fault:
             raise self._located(fault) from None
@@ -213,12 +229,13 @@ class _Chunk:
     # Memory.
 
     def region_of(self, address):
-        return self.memory.region_of(address) or self.variables.region_of(address)
+        return self.launch.memory.region_of(address) or self.launch.variables.region_of(address)
 
     def global_shadow(self, region):
-        if region not in self.shadows:
-            self.shadows[region] = Shadow(len(region.bytes), self.program.shift)
-        return self.shadows[region]
+        shadows = self.launch.shadows
+        if region not in shadows:
+            shadows[region] = Shadow(len(region.bytes), self.program.shift)
+        return shadows[region]
 
     def _located(self, fault):
         instruction = self.program.instructions[self.pc]
@@ -234,6 +251,4 @@ class _Chunk:
     def _who(self, thread):
         """(block, thread) of a thread's number in the launch."""
         block, thread = divmod(thread, self.block_lanes)
-        return tuple(map(int, position_in(block, self.grid))), tuple(
-            map(int, position_in(thread, self.block))
-        )
+        return position_in(block, self.launch.grid), position_in(thread, self.launch.block)

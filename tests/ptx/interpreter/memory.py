@@ -88,6 +88,21 @@ class GlobalMemory:
         return ", ".join(parts)
 
 
+class Variables(GlobalMemory):
+    """A module's const and global variables."""
+
+    def __init__(self, variables):
+        super().__init__()
+        self.addresses, self._data = {}, []
+        for variable in variables:
+            data = np.zeros(variable.size + variable.alignment, np.uint8)
+            start = -data.ctypes.data % variable.alignment
+            data[start : start + variable.size] = np.frombuffer(variable.data, np.uint8)
+            self.addresses[variable.name] = data.ctypes.data + start
+            self.add(data.ctypes.data + start, variable.size, variable.name, variable.space == "const")
+            self._data.append(data)
+
+
 class Block:
     """Shared or local memory of all lanes in a chunk: rows of `stride` bytes, of which `size` exist."""
 

@@ -7,6 +7,7 @@ scopes.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -39,45 +40,37 @@ DTYPES = {
 } | {"pred": np.dtype(bool)}
 
 
-@dataclass(frozen=True)
-class Register:
+class Register(NamedTuple):
     name: str
 
 
-@dataclass(frozen=True)
-class Immediate:
+class Immediate(NamedTuple):
     text: str
 
 
-@dataclass(frozen=True)
-class Symbol:
+class Symbol(NamedTuple):
     name: str
 
 
-@dataclass(frozen=True)
-class Address:
+class Address(NamedTuple):
     base: object  # Register, Symbol or Immediate
     offset: int
 
 
-@dataclass(frozen=True)
-class Vector:
+class Vector(NamedTuple):
     items: tuple
 
 
-@dataclass(frozen=True)
-class Pair:  # d|p
+class Pair(NamedTuple):  # d|p
     first: object
     second: object
 
 
-@dataclass(frozen=True)
-class Not:  # !p
+class Not(NamedTuple):  # !p
     register: object
 
 
-@dataclass(frozen=True)
-class Instruction:
+class Instruction(NamedTuple):
     opcode: tuple  # ("add", "rn", "f32")
     operands: tuple
     guard: object  # Register, Not or None
@@ -85,16 +78,14 @@ class Instruction:
     text: str
 
 
-@dataclass(frozen=True)
-class Param:
+class Param(NamedTuple):
     name: str
     offset: int
     size: int
     alignment: int
 
 
-@dataclass(frozen=True)
-class Variable:
+class Variable(NamedTuple):
     name: str
     space: str  # shared, local, const, global or param
     alignment: int
@@ -123,4 +114,5 @@ class Module:
     kernels: dict = field(default_factory=dict)
     functions: dict = field(default_factory=dict)  # .func with a body
     variables: dict = field(default_factory=dict)
-    programs: dict = field(default_factory=dict)  # name -> what the machine made of a kernel
+    loaded: object = None  # the machine's: the variables in memory
+    programs: dict = field(default_factory=dict)  # the machine's: name -> Program

@@ -140,15 +140,6 @@ def _mad(opcode, kind):
     return kind, [kind] * 3, lambda a, b, c: a * b + c
 
 
-def _mul24(opcode, kind):
-    return kind, [kind] * 2, lambda a, b: _low24(a) * _low24(b)
-
-
-def _low24(a):
-    eight = a.dtype.type(8)
-    return a << eight >> eight
-
-
 def _fma(opcode, kind):
     mode = _mode(opcode)
     if kind in _SMALL:
@@ -276,7 +267,6 @@ _TABLE = {
     "add": lambda opcode, kind: _sum(opcode, kind, 1),
     "sub": lambda opcode, kind: _sum(opcode, kind, -1),
     "mul": _mul,
-    "mul24": _mul24,
     "mad": _mad,
     "fma": _fma,
     "div": _div,
@@ -311,5 +301,4 @@ _TABLE = {
     "bfind": lambda opcode, kind: ("u32", [kind], lambda a: integers.find(a, "shiftamt" in opcode)),
     **COMPARING,
     "copysign": lambda opcode, kind: (kind, [kind] * 2, lambda a, b: np.copysign(b, a)),
-    "sad": lambda opcode, kind: (kind, [kind] * 3, lambda a, b, c: c + np.maximum(a, b) - np.minimum(a, b)),
 }

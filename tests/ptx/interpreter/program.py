@@ -8,8 +8,8 @@ import numpy as np
 
 from .faults import LaneFault
 from .memory import PARAM_WINDOW
+from .module import DTYPES, SIZES, Address, Immediate, Not, Pair, Register, Symbol, Vector
 from .operations import operation
-from .module import DTYPES, SIZES, Address, Immediate, Instruction, Not, Pair, Register, Symbol, Vector
 
 _NARROWEST = ("ld", "st", "atom", "red", "cp", "ldmatrix", "stmatrix")
 
@@ -22,7 +22,6 @@ class Program:
         self.slots, self.types = {}, []  # registers
         self.symbols = dict(variables)
         self.sizes = {"shared": 0, "local": 0}
-        self.alignment = 16  # of the dynamic shared memory
         for param in kernel.params:
             self.symbols[param.name] = PARAM_WINDOW + param.offset
         self._inline(module, kernel, "", {}, (), None)
@@ -30,7 +29,7 @@ class Program:
         self.carry = len(self.types)  # the condition code register
         self.types.append("pred")
         self.shift = self._cell_shift()
-        self.steps = []  # filled by the machine, from decoding.py
+        self.steps = []  # the machine's
 
     def _inline(self, module, function, prefix, params, stack, end):
         """Appends the instructions of a function, its names prefixed; `params` renames its parameters to the
@@ -61,7 +60,7 @@ class Program:
             if renamed.opcode[0] == "call":
                 self._call(module, renamed, f"{prefix}{len(self.instructions)}:", stack)
             elif renamed.opcode[0] == "ret" and end:
-                self.instructions.append(_with(renamed, ("bra",), (Symbol(end),)))
+                self.instructions.append(renamed._replace(opcode=("bra",), operands=(Symbol(end),)))
             else:
                 self.instructions.append(renamed)
         self.labels.update((name, len(self.instructions)) for name in at.get(len(body.instructions), ()))
@@ -105,7 +104,7 @@ class Program:
             if instruction.opcode[0] in _NARROWEST and "param" not in instruction.opcode:
                 sizes.append(
                     {"ldmatrix": 2, "stmatrix": 2, "cp": 4}.get(instruction.opcode[0])
-                    or SIZES[instruction.opcode[-1]]
+                    or SIZES.get(instruction.opcode[-1], 1)
                 )
         return min(sizes).bit_length() - 1
 
@@ -266,10 +265,6 @@ def unknown(instruction):
     return step
 
 
-def _with(instruction, opcode, operands):
-    return Instruction(opcode, operands, instruction.guard, instruction.lines, instruction.text)
-
-
 def _renamed(instruction, rename):
     def visit(operand):
         if isinstance(operand, (Register, Symbol)):
@@ -283,13 +278,7 @@ def _renamed(instruction, rename):
         return Not(visit(operand.register)) if isinstance(operand, Not) else operand
 
     guard = instruction.guard and visit(instruction.guard)
-    return Instruction(
-        instruction.opcode,
-        tuple(visit(operand) for operand in instruction.operands),
-        guard,
-        instruction.lines,
-        instruction.text,
-    )
+    return instruction._replace(operands=tuple(map(visit, instruction.operands)), guard=guard)
 
 
 def _symbols(operands):

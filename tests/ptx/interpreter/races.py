@@ -118,18 +118,27 @@ class Shadow:
         stamp = clocks.now[lane] * 2 + strong
         thread, last = self.thread, self.stamp
         before = thread[1, cell]
-        if (before >= 0).any():
-            moves = (before >= 0) & (before != me)
-            moves &= (before >> 5 != me >> 5) | (last[2, cell] >> 1 < last[1, cell] >> 1)
-            i = np.flatnonzero(moves)
+        i = np.flatnonzero((before >= 0) & (before != me))
+        if len(i):
+            i = i[
+                self._elsewhere(1, cell[i], lane[i], me[i], clocks)
+                | ~self._elsewhere(2, cell[i], lane[i], me[i], clocks)
+            ]
             thread[2, cell[i]], last[2, cell[i]] = before[i], last[1, cell[i]]
         thread[1, cell], last[1, cell] = me, stamp
         after = thread[1, cell]
         i = np.flatnonzero(after != me)  # several lanes read one cell in one instruction
         if len(i):
-            thread[2, cell[i]], last[2, cell[i]] = me[i], stamp[i]
-            i = i[after[i] >> 5 != me[i] >> 5]
-            thread[2, cell[i]], last[2, cell[i]] = me[i], stamp[i]
+            other_warp = after[i] >> 5 != me[i] >> 5
+            for i in (i[~other_warp & ~self._elsewhere(2, cell[i], lane[i], me[i], clocks)], i[other_warp]):
+                thread[2, cell[i]], last[2, cell[i]] = me[i], stamp[i]
+
+    def _elsewhere(self, slot, cell, lane, me, clocks):
+        """Whether a slot holds an access of another warp that may still race."""
+        other = self.thread[slot, cell]
+        recent = self.stamp[slot, cell] >> 1 >= clocks.floor[lane]
+        recent |= (other - clocks.first) // clocks.per_block != lane // clocks.per_block
+        return (other >= 0) & (other >> 5 != me >> 5) & recent
 
     def write(self, position, size, lane, clocks, where, strong=False):
         cell, lane = self.cells(position, size, lane)

@@ -18,13 +18,13 @@ def special_register(chunk, name):
     name, _, axis = name[1:].partition(".")
     lane_id = lane & 31
     if name in ("tid", "ctaid", "ntid", "nctaid"):
-        shape, place = (chunk.block, thread) if name in ("tid", "ntid") else (chunk.grid, block)
+        shape, place = (chunk.launch.block, thread) if name in ("tid", "ntid") else (chunk.launch.grid, block)
         if name[0] == "n":
             return np.array([shape["xyz".index(axis)]])
         return position_in(place, shape)["xyz".index(axis)]
     constants = {
         "nwarpid": chunk.warps,
-        "dynamic_smem_size": chunk.dynamic_shared,
+        "dynamic_smem_size": chunk.launch.dynamic_shared,
         "total_smem_size": chunk.shared.size,
     }
     if name in constants:

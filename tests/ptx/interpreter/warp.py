@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from .access import load, store
-from .faults import LaneFault
+from .faults import LaneFault, NotConverged
 from .floats import bf16_to_f32
 
 U32, F32, F64, I64 = np.uint32, np.float32, np.float64, np.int64
@@ -28,12 +28,11 @@ def check_members(state, members, name):
     wrong = (absent != 0) | (own == 0)
     if wrong.any():
         i = int(wrong.argmax())
-        detail = (
-            f"lanes {int(absent[i]):#010x} of its mask are elsewhere"
-            if own[i]
-            else "its mask does not name the lane itself"
-        )
-        raise LaneFault(f"{name} with lanes that are not converged", detail, int(state.active[i]))
+        kind = f"{name} with lanes that are not converged"
+        if not own[i]:
+            raise LaneFault(kind, "its mask does not name the lane itself", int(state.active[i]))
+        detail = f"lanes {int(absent[i]):#010x} of its mask are elsewhere"
+        raise NotConverged(kind, detail, int(state.active[i]))
 
 
 def check_whole_warps(state, name):
@@ -41,7 +40,7 @@ def check_whole_warps(state, name):
     here = ballot(state.mask)
     partial = (here != 0) & (here != U32(0xFFFFFFFF))
     if partial.any():
-        raise LaneFault(
+        raise NotConverged(
             f"{name} with lanes that are not converged",
             "it takes all 32 lanes of a warp",
             int(partial.argmax()) * 32 + int(here[partial.argmax()]).bit_length() - 1,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from . import warp
+from .integers import population
 from .module import Pair, Symbol
 
 
@@ -67,7 +68,7 @@ def _elect(program, instruction):
     def step(state):
         warp.check_members(state, read(state, state.exact), "elect")
         bits = warp.ballot(state.mask)[state.active >> 5]
-        leader = np.log2(bits & -bits.astype(np.int64)).astype(np.uint32)
+        leader = population((bits & -bits) - np.uint32(1))
         state.put(writers[0], leader)
         state.put(writers[1], leader == (state.active & 31))
 
