@@ -54,6 +54,29 @@ def test_many_weights_have_the_bits_of_the_cpu():
 
 
 @pytest.mark.cuda
+def test_beyond_two_to_the_31_elements():
+    rows, columns = 2**16 + 4, 2**15 + 8
+    if torch.cuda.mem_get_info()[0] < 40 * 2**30:
+        pytest.skip("needs 40 GiB of free GPU memory")
+    mu, rho = (torch.randn(rows, columns, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    x, grad_y = (torch.randn(2, n, dtype=torch.bfloat16, device="cuda") for n in (columns, rows))
+    key = torch.tensor([1, 2], device="cuda")
+
+    def step(first):
+        """The weights, outputs and gradients of the rows from `first` on."""
+        parameters = [t[first:].detach().requires_grad_() for t in (mu, rho)]
+        w, _ = bf.functional.sample_normal(*parameters, key, kl=None, row_offset=first)
+        last = w[-4:].detach().clone()
+        del w
+        y, _ = bf.functional.variational_linear(x, *parameters, None, None, key, kl=None, row_offset=first)
+        gradients = torch.autograd.grad(y, parameters, grad_y[:, first:])
+        return last, y[:, -4:].detach(), *(g[-4:].clone() for g in gradients)
+
+    for whole, part in zip(step(0), step(rows - 4)):
+        torch.testing.assert_close(whole, part)
+
+
+@pytest.mark.cuda
 def test_kernels_run_on_the_current_stream():
     mu, rho, key = (t.cuda() for t in inputs(2048, 4096))
     tail = (*OPTIONS, 0, 1, 1, 0, 0, 0)

@@ -24,7 +24,7 @@ from torch.utils import cpp_extension
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 CSRC = ROOT / "csrc"
-# setup.py's, but for the architectures; test_compile.py holds them against it.
+# setup.py's, but for the architectures; test_resources.py holds them against it.
 NVCC_FLAGS = [
     "-std=c++20",
     "-O3",
