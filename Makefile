@@ -12,7 +12,7 @@ SETTINGS := $(TORCH) cuda=$(BNN_FAST_CUDA) architectures=$(TORCH_CUDA_ARCH_LIST)
 
 export BNN_FAST_STRICT ?= 1
 
-.PHONY: build demo test slow ptx-report gpu-check clean FORCE
+.PHONY: build demo test slow bench ptx-report gpu-check clean FORCE
 .DELETE_ON_ERROR:
 
 build: $(VENV)/installed
@@ -25,6 +25,11 @@ test: build
 
 slow: build
 	$(PY) -m pytest -rs -m slow
+
+# Side by side with other libraries, in under ten minutes on two cores. OPTIONS="--device cuda --data FOLDER"
+bench: build $(VENV)/peers
+	$(PY) -m benchmarks all $(OPTIONS)
+	$(PY) -m benchmarks plot
 
 # Registers, shared memory and spills of every CUDA kernel; needs nvcc.
 ptx-report: $(VENV)/torch
@@ -52,6 +57,10 @@ $(VENV)/torch: $(VENV)/settings
 	$(PIP) install "$(TORCH)"
 	$(PIP) install "setuptools>=77" wheel ninja
 	touch $@
+
+# Without their dependencies, which would bring another torch; one that cannot be had is left out of the bench.
+$(VENV)/peers: benchmarks/peers.txt $(VENV)/torch
+	-$(PIP) install --no-deps -r $< && touch $@
 
 $(VENV)/installed: $(SOURCES) $(VENV)/torch
 	$(PIP) install --no-build-isolation -e ".[demos,test]"

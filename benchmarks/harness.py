@@ -15,10 +15,11 @@ if TYPE_CHECKING:  # what runs on a fresh checkout builds bnn_fast before anythi
     from bnn_fast.demos.timing import Times
 
 
-def environment() -> dict[str, object]:
+def environment(cuda: bool = False) -> dict[str, object]:
     now = datetime.datetime.now(datetime.timezone.utc)
     return {"date": now.isoformat(timespec="seconds"), "commit": commit(),
-            "torch": str(torch.__version__), "cpu": cpu(), "threads": torch.get_num_threads()}
+            "torch": str(torch.__version__), "cpu": cpu(), "threads": torch.get_num_threads(),
+            **(gpu() if cuda else {})}
 
 
 def cpu() -> str:
@@ -59,19 +60,24 @@ def ratios(cases: dict[str, Times], base: str) -> dict[str, dict[str, float]]:
     return {case: {**t._asdict(), "ratio": t.median / cases[base].median} for case, t in cases.items()}
 
 
-def results(name: str, times: dict[str, dict[str, Times]], base: str) -> dict[str, object]:
-    """times: for each shape or other setting, the cases' times; ratios of medians are to the case `base`."""
-    return {"benchmark": name, "environment": environment(), "base": base,
-            "settings": {setting: ratios(cases, base) for setting, cases in times.items()}}
+def results(name: str, settings: dict[str, dict], base: str, absent: dict[str, str],
+            cuda: bool = False) -> dict[str, object]:
+    """settings: for each shape or other setting, what was found for each case; ratios are to the case `base`.
+    absent: why providers are not among the cases."""
+    return {"benchmark": name, "environment": environment(cuda), "base": base, "absent": absent,
+            "settings": settings}
 
 
 def rows(settings: dict, base: str) -> list[tuple]:
-    """Of a table: milliseconds, the 20th and 80th percentiles, and the ratio to the base."""
-    found = [("", "case", "median", "20 % to 80 %", f"over {base}")]
+    """Of a table: milliseconds, the 20th and 80th percentiles, the ratio to the base, what else was found."""
+    found = [("", "case", "median", "20 % to 80 %", f"over {base}", "extra memory", "")]
     for setting, cases in settings.items():
         for case, t in cases.items():
-            found.append((setting, case, f"{1e3 * t['median']:.3f} ms",
-                          f"{1e3 * t['low']:.3f} to {1e3 * t['high']:.3f}", f"{t['ratio']:.2f}"))
+            time = (f"{1e3 * t['median']:.3f} ms", f"{1e3 * t['low']:.3f} to {1e3 * t['high']:.3f}",
+                    f"{t['ratio']:.2f}" if "ratio" in t else "") if "median" in t else ("", "", "")
+            memory = f"{t['extra'] / 2 ** 20:.2f} MiB" if "extra" in t else ""
+            memory = f"{1e3 * t['floor']:.3f} ms" if "floor" in t else memory
+            found.append((setting, case, *time, memory, t.get("error", t.get("note", ""))[:80]))
             setting = ""
     return found
 
@@ -81,8 +87,9 @@ def show(found: dict) -> str:
     from bnn_fast.demos.common import table
 
     where = found["environment"]
-    return table(f"{found['benchmark']}: torch {where['torch']}, {where['cpu']}, {where['threads']} threads, "
-                 f"commit {where['commit']}, {where['date']}", rows(found["settings"], found["base"]))
+    return table(f"{found['benchmark']}: torch {where['torch']}, {where.get('gpu', where['cpu'])}, "
+                 f"{where['threads']} threads, commit {where['commit']}, {where['date']}",
+                 rows(found["settings"], found["base"]))
 
 
 def save(found: dict, path: str | pathlib.Path) -> None:

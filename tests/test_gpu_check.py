@@ -58,7 +58,7 @@ def test_the_floor_is_the_largest_of_three():
 
 def test_targets_are_met_missed_or_not_measured():
     def step(ratio):
-        return {"VariationalLinear": {"ratio": ratio}}
+        return {"bnn_fast": {"ratio": ratio}}
 
     found = {"step": {"8192 x 8192, batch 1, float32": step(2.9),
                       "8192 x 8192, batch 16, float32": step(3.1)},
@@ -222,16 +222,16 @@ def test_timings_their_record_and_their_tables(measured, tmp_path):
     assert any(seconds > 0 for seconds in t["kernels"].values())
     assert found["operators"]["4 x 6, batch 3, tf32"]["variational_linear"]["instructions_per_weight"] is None
 
-    assert set(found["step"]["4 x 6, batch 3, tf32"]) == {"nn.Linear", "VariationalLinear", "plain PyTorch"}
-    assert set(found["step"]["4 x 6, batch 3, 2 draws, float32"]) == {"nn.Linear", "VariationalLinear"}
+    assert set(found["step"]["4 x 6, batch 3, tf32"]) == {"nn.Linear", "bnn_fast", "plain PyTorch"}
+    assert set(found["step"]["4 x 6, batch 3, 2 draws, float32"]) == {"nn.Linear", "bnn_fast"}
     for where, seconds in (("step", 2e-3), ("step on the GPU", 1e-3)):
-        t = found[where]["4 x 6, batch 3, tf32"]["VariationalLinear"]
+        t = found[where]["4 x 6, batch 3, tf32"]["bnn_fast"]
         assert t["median"] == seconds and t["ratio"] == 2.0
     assert found["network"]["CUDA graph"]["bnn_fast"]["ratio"] == 2.0
 
     shown = report.show(record)
     assert re.search(r"kl_normal +1000.0 +900.0 to 2000.0 .* 10 .* bytes", shown)
-    assert re.search(r"4 x 6, batch 3, tf32 +nn.Linear +1.000 ms .*\n +VariationalLinear +2.000 ms +"
+    assert re.search(r"4 x 6, batch 3, tf32 +nn.Linear +1.000 ms .*\n +bnn_fast +2.000 ms +"
                      r"1.800 to 4.000 +2.00", shown)
     assert "not counted" in shown and "not measured" in shown and "built" in shown
 

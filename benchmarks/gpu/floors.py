@@ -57,7 +57,7 @@ def targets(timings: dict) -> list[dict]:
     rows = []
     for n, batch, type, target in STEP_TARGETS:
         name = Case(n, n, batch, type).name
-        found = timings["step"].get(name, {}).get("VariationalLinear", {}).get("ratio")
+        found = timings["step"].get(name, {}).get("bnn_fast", {}).get("ratio")
         rows.append(row(f"step over nn.Linear, {name}", target, found, found is not None and found <= target))
     found = timings["network"].get("CUDA graph", {}).get("bnn_fast", {}).get("ratio")
     rows.append(row("tutorial network in a CUDA graph, over nn.Linear", NETWORK_TARGET, found,

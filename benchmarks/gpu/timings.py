@@ -21,7 +21,8 @@ import bnn_fast as bf
 from bnn_fast.demos import bayes_by_backprop
 
 from .. import harness
-from ..step import candidates, step
+from ..providers import available
+from ..step import step
 from . import floors, timer
 from .operators import ELEMENTWISE, LAYERS, SWEEP, TYPES, Case
 
@@ -91,11 +92,11 @@ class Timings:
         factory = {"device": self.device, "dtype": case.dtype}
         layers, calls = nn.ModuleList(), collections.defaultdict(list)
         for _ in range(timer.copies(self.cache, size)):
-            for name, (layer, kl) in candidates(case.inputs, case.outputs, **factory).items():
+            for name, provider in available(["bnn_fast", "plain PyTorch"])[0].items():
                 if name != "plain PyTorch" or case.samples == 1:  # it has no several draws
-                    layers.append(layer)
-                    rows = case.samples * case.batch
-                    calls[name].append(step(layer, kl, case.inputs, case.outputs, rows, **factory))
+                    layers.append(provider.model((case.inputs, case.outputs), **factory))
+                    shape = (case.inputs, case.outputs, case.samples * case.batch)
+                    calls[name].append(step(layers[-1], provider.kl, *shape, **factory))
         draws = bf.sampling(layers, n_samples=case.samples) if case.samples > 1 else contextlib.nullcontext()
         with case.precision(), draws:
             runs = {name: timer.rotated(steps) for name, steps in calls.items()}

@@ -7,6 +7,8 @@ from typing import Callable, NamedTuple
 import torch
 from torch import Tensor, nn
 
+LONG = 0.1  # seconds
+
 
 class Times(NamedTuple):
     """Seconds a call: the median over the rounds, and the 20th and 80th percentiles."""
@@ -19,11 +21,13 @@ def interleaved(cases: dict[str, Callable[[], object]], seconds: float = 2.0, ro
                 synchronize: Callable[[], object] = lambda: None) -> dict[str, Times]:
     """Time the cases in turn, for at least so many rounds and seconds in all, after two rounds to warm up.
 
-    A case that takes less than a millisecond is called several times a round, and once before its time is
-    taken, so that it does not pay for what the case before it left in the caches. `synchronize` waits for the device.
+    A case that takes less than a millisecond is called several times a round. Before its time is taken it is
+    called once, so that it does not pay for what the case before it left in the caches, unless it takes long.
+    `synchronize` waits for the device.
     """
-    def run(case, calls):
-        case()
+    def run(case, calls, before=True):
+        if before:
+            case()
         synchronize()
         start = time.perf_counter()
         for _ in range(calls):
@@ -31,14 +35,14 @@ def interleaved(cases: dict[str, Callable[[], object]], seconds: float = 2.0, ro
         synchronize()
         return (time.perf_counter() - start) / calls
 
-    for case in cases.values():
-        run(case, 1)
-    calls = {name: max(1, round(1e-3 / run(case, 1))) for name, case in cases.items()}
+    first = {name: run(case, 1) for name, case in cases.items()}
+    quick = {name: seconds < LONG for name, seconds in first.items()}
+    calls = {name: max(1, round(1e-3 / run(case, 1, quick[name]))) for name, case in cases.items()}
     taken: dict[str, list[float]] = {name: [] for name in cases}
     begin, done = time.perf_counter(), 0
     while done < rounds or time.perf_counter() - begin < seconds:
         for name, case in cases.items():
-            taken[name].append(run(case, calls[name]))
+            taken[name].append(run(case, calls[name], quick[name]))
         done += 1
     return {name: summary(values) for name, values in taken.items()}
 
