@@ -50,8 +50,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     for name, what in SECTIONS.items():
         command = commands.add_parser(name, description=what, help=what)
         command.add_argument("--device", default="cpu", help="cpu (default) or cuda")
-        command.add_argument("--seconds", type=float, default=5.0,
-                             help="for each shape, all cases together, at least (default 5)")
+        command.add_argument("--seconds", type=float, default=3.0,
+                             help="for each shape, all cases together, at least (default 3)")
         command.add_argument("--providers", nargs="+", metavar="NAME", help="default: all that are installed")
         command.add_argument("--data", metavar="FOLDER", help="train: MNIST too, its four IDX files")
         command.add_argument("--out", type=pathlib.Path, default=RESULTS, metavar="FOLDER",

@@ -57,7 +57,9 @@ def gpu() -> dict[str, object]:
 
 
 def ratios(cases: dict[str, Times], base: str) -> dict[str, dict[str, float]]:
-    return {case: {**t._asdict(), "ratio": t.median / cases[base].median} for case, t in cases.items()}
+    """The times, and the ratio of each median to that of the case `base`, if that is among them."""
+    return {case: {**t._asdict(), **({"ratio": t.median / cases[base].median} if base in cases else {})}
+            for case, t in cases.items()}
 
 
 def results(name: str, settings: dict[str, dict], base: str, absent: dict[str, str],
@@ -76,7 +78,7 @@ def rows(settings: dict, base: str) -> list[tuple]:
             time = (f"{1e3 * t['median']:.3f} ms", f"{1e3 * t['low']:.3f} to {1e3 * t['high']:.3f}",
                     f"{t['ratio']:.2f}" if "ratio" in t else "") if "median" in t else ("", "", "")
             memory = f"{t['extra'] / 2 ** 20:.2f} MiB" if "extra" in t else ""
-            memory = f"{1e3 * t['floor']:.3f} ms" if "floor" in t else memory
+            time = (f"{1e3 * t['floor']:.3f} ms", "", "") if "floor" in t else time
             found.append((setting, case, *time, memory, t.get("error", t.get("note", ""))[:80]))
             setting = ""
     return found

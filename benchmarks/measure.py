@@ -8,6 +8,7 @@ import torch
 
 from bnn_fast.demos import timing
 
+from . import harness
 from .gpu import timer
 from .providers import BASE, Provider
 
@@ -18,7 +19,7 @@ class Run(NamedTuple):
     """What to measure with. seconds: for all cases of a setting together, at least; rounds likewise."""
     providers: dict[str, Provider]
     device: str = "cpu"
-    seconds: float = 5.0
+    seconds: float = 3.0
     rounds: int = 5
     data: str | None = None  # folder with MNIST
 
@@ -52,11 +53,8 @@ def compare(makers: dict[str, Callable[[], Case]], run: Run) -> dict[str, dict]:
     found, cases = watch(makers, run)
     times = (timer.interleaved(cases) if run.cuda else
              timing.interleaved(cases, seconds=run.seconds, rounds=run.rounds))
-    return {name: {**summary(times[name], times), **t} if name in times else t for name, t in found.items()}
-
-
-def summary(t: timing.Times, times: dict[str, timing.Times]) -> dict[str, float]:
-    return {**t._asdict(), **({"ratio": t.median / times[BASE].median} if BASE in times else {})}
+    ratios = harness.ratios(times, BASE)
+    return {name: {**ratios.get(name, {}), **t} for name, t in found.items()}
 
 
 def cold(make: Callable[[], Case], bytes_of_one: int, run: Run) -> Case:

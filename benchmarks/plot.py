@@ -36,15 +36,15 @@ def origin(where: dict) -> str:
 
 def steps(settings: dict):
     whole = {name: cases for name, cases in settings.items() if "alone" not in name}
-    return bars(whole, "A training step over nn.Linear's", lambda t: t.get("ratio"), "{:.3g}", log=True)
+    return bars(whole, "A training step over nn.Linear's", lambda t: t.get("ratio"), log=True)
 
 
 def memory(settings: dict):
     return bars(settings, "Peak extra memory of a step, MiB: above parameters, gradients and output",
-                lambda t: t["extra"] / 2 ** 20 if "extra" in t else None, "{:.3g}", log=False)
+                lambda t: t["extra"] / 2 ** 20 if "extra" in t else None, log=False)
 
 
-def bars(settings: dict, title: str, value: Callable[[dict], float | None], form: str, log: bool):
+def bars(settings: dict, title: str, value: Callable[[dict], float | None], log: bool):
     """A panel for each setting, a bar for each provider."""
     from matplotlib.figure import Figure  # not pyplot: no global state, and no display is asked for
 
@@ -57,7 +57,8 @@ def bars(settings: dict, title: str, value: Callable[[dict], float | None], form
         found = [value(cases.get(name, {})) for name in names]
         ax.barh(names, [v or 0.0 for v in found], color=[COLORS.get(name, GREY) for name in names])
         for name, v in zip(names, found):
-            ax.annotate("failed" if v is None else form.format(v), (v or (1.0 if log else 0.0), name),
+            text = "failed" if v is None else f"{float(f'{v:.3g}'):g}"  # three digits, no exponent
+            ax.annotate(text, (v or (1.0 if log else 0.0), name),
                         (3, 0), textcoords="offset points", va="center", fontsize=7)
         largest = max(v or 0.0 for v in found)
         if log:

@@ -14,7 +14,7 @@ from .step import layer, shape_name
 
 WEIGHTS = [(2 ** n, 2 ** n, 32) for n in range(5, 14)]
 BATCH = [(1024, 1024, batch) for batch in (1, 2, 8, 32, 128, 512, 2048, 8192)]
-PROVIDERS = ("nn.Linear", "bnn_fast", "plain PyTorch", "torchbnn")
+PROVIDERS = ("nn.Linear", "bnn_fast", "plain PyTorch")
 FLOOR = "floor"
 
 
@@ -33,7 +33,7 @@ def floor(n_in: int, n_out: int, batch: int, bytes: float, flops: float) -> floa
 
 
 def measure(run: Run, shapes=(*WEIGHTS, *BATCH)) -> dict[str, dict]:
-    run = run.only(PROVIDERS)._replace(seconds=run.seconds / 5, rounds=3)
+    run = run.only(PROVIDERS)._replace(seconds=run.seconds / 3, rounds=3)
     bytes, flops = rates(run)
     found = {}
     for shape in shapes:

@@ -100,4 +100,6 @@ def trained(t: dict | None) -> str:
 
 
 def extra(t: dict | None, parameters: int) -> str:
-    return "" if t is None else "failed" if "extra" not in t else f"{100 * t['extra'] / parameters:.1f} %"
+    if t is None or "extra" not in t:
+        return "failed" if t and "error" in t else ""
+    return f"{100 * t['extra'] / parameters:.1f} %"

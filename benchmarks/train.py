@@ -16,8 +16,9 @@ from torch import Tensor
 
 from bnn_fast.demos import bayes_by_backprop, digits, digits_data, timing
 
-from .measure import Run, extra_memory, summary
-from .providers import Provider
+from . import harness
+from .measure import Run, extra_memory
+from .providers import BASE, Provider
 from .step import NETWORK, POINTS
 
 
@@ -90,10 +91,10 @@ def race(learners: dict[str, Iterator[float]], task: Task) -> dict[str, dict]:
             if losses[name] <= task.goal:
                 del running[name]
     times = {name: timing.summary([s / task.chunk for s in taken]) for name, taken in seconds.items()}
-    return {name: {**summary(t, times), "seconds": sum(seconds[name]), "loss": losses[name],
+    return {name: {**t, "seconds": sum(seconds[name]), "loss": losses[name],
                    "steps": task.chunk * len(seconds[name]), "goal": task.goal,
                    "reached": name not in running}
-            for name, t in times.items()}
+            for name, t in harness.ratios(times, BASE).items()}
 
 
 def measure(run: Run, chosen: dict[str, Task] | None = None) -> dict[str, dict]:
