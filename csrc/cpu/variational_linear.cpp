@@ -1,5 +1,7 @@
 // The variational linear layer on the CPU: its fused and narrow regimes, and the choice among the three. Kernels:
 // linear.h, narrow.h.
+#include <memory>
+
 #include "../layer.h"
 #include "launch.h"
 
@@ -8,7 +10,9 @@ namespace {
 
 enum class Regime { kNarrow, kFused, kDrawn };
 
-// Narrow layers are never better off elsewhere: TODO
+// Narrow needs no packing and no GEMM. Measured on two cores with AVX-512, from 8 x 8 to 64 x 64 weights, forward and backward:
+// 0.7 to 1.05 of the fused regime's time up to batch 32, 0.4 to 0.7 of the drawn regime's above.
+//
 // Fused saves writing and reading the weights, but its products run at a part of the GEMM's rate: it pays while there are few
 // rows for each weight, and few are fewer where the weights stay in the cache anyway. Measured on two cores with AVX-512,
 // forward and backward: fused over drawn is 0.7 to 0.9 up to batch 128 from 256 x 256 weights on, with the crossing near
@@ -144,11 +148,11 @@ class Cpu {
 
   Tensor narrow_forward(const LinearArguments& a, const Tensor& x, int64_t batch) {
     const Posterior& p = a.weight.view;
-    std::vector<float> weight(a.samples * p.rows * p.columns), bias(a.bias ? a.samples * p.rows : 0);
-    sample(p, a.divergence, a.samples, weight.data(), Type::kFloat32);
-    if (a.bias) sample(a.bias->view, a.divergence, a.samples, bias.data(), Type::kFloat32);
+    auto weight = floats(a.samples * p.rows * p.columns), bias = floats(a.samples * p.rows);
+    sample(p, a.divergence, a.samples, weight.get(), Type::kFloat32);
+    if (a.bias) sample(a.bias->view, a.divergence, a.samples, bias.get(), Type::kFloat32);
     Tensor y = empty_of(x, a.output_shape(x), x.scalar_type());
-    NarrowForward problem{p.columns, p.rows, a.samples, batch, floats(x), weight.data(), a.bias ? bias.data() : nullptr,
+    NarrowForward problem{p.columns, p.rows, a.samples, batch, floats(x), weight.get(), a.bias ? bias.get() : nullptr,
                           static_cast<float*>(y.mutable_data_ptr())};
     NarrowTasks tasks(a.samples, batch);
     run(cpu_kernels().narrow_forward, problem, tasks.count, tasks.rows * row_cost(p));
@@ -160,31 +164,33 @@ class Cpu {
     const Posterior& p = a.weight.view;
     int64_t size = p.rows * p.columns;
     Tensor outputs = dense(grad_y);
-    std::vector<float> weight(need_x ? a.samples * size + 16 : 0);
+    auto weight = floats(a.samples * size + 16);  // then their gradient
     if (need_x) {
-      sample(p, kNone, a.samples, weight.data(), Type::kFloat32);
+      sample(p, kNone, a.samples, weight.get(), Type::kFloat32);
       grads.x = empty_of(x, shape_of(x), x.scalar_type());
     }
     NarrowTasks tasks(a.samples, batch);
     int64_t part = size + p.rows;
-    std::vector<float> partial(tasks.count * part), grad_weight(a.samples * size), grad_bias(a.samples * p.rows);
-    NarrowBackward problem{p.columns, p.rows, a.samples, batch, floats(x), floats(outputs), need_x ? weight.data() : nullptr,
-                           need_x ? static_cast<float*>(grads.x.mutable_data_ptr()) : nullptr, partial.data()};
+    auto partial = floats(tasks.count * part), grad_bias = floats(a.samples * p.rows);
+    NarrowBackward problem{p.columns, p.rows, a.samples, batch, floats(x), floats(outputs), need_x ? weight.get() : nullptr,
+                           need_x ? static_cast<float*>(grads.x.mutable_data_ptr()) : nullptr, partial.get()};
     run(cpu_kernels().narrow_backward, problem, tasks.count, 2 * tasks.rows * row_cost(p));
-    for (int64_t s = 0; s < a.samples && tasks.count > 0; ++s) {
-      float* total = partial.data() + s * tasks.per_sample * part;
+    for (int64_t s = 0; s < a.samples && batch > 0; ++s) {
+      float* total = partial.get() + s * tasks.per_sample * part;
       for (int64_t t = 1; t < tasks.per_sample; ++t)
         for (int64_t i = 0; i < part; ++i) total[i] += total[t * part + i];
       for (int64_t o = 0; o < p.rows; ++o) {
-        for (int64_t i = 0; i < p.columns; ++i) grad_weight[s * size + o * p.columns + i] = total[i * p.rows + o];
+        for (int64_t i = 0; i < p.columns; ++i) weight[s * size + o * p.columns + i] = total[i * p.rows + o];
         grad_bias[s * p.rows + o] = total[size + o];
       }
     }
-    sample_backward(SampleBackward{p, static_cast<int>(a.divergence), a.samples, grad_weight.data(), Type::kFloat32, grad_kl,
-                                   grads.weight_mu.mutable_data_ptr(), grads.weight_rho.mutable_data_ptr()});
-    bias_backward(*this, a, grad_bias.data(), Type::kFloat32, grad_kl, grads);
+    bool none = batch == 0;
+    sample_backward(SampleBackward{p, static_cast<int>(a.divergence), a.samples, none ? nullptr : weight.get(), Type::kFloat32,
+                                   grad_kl, grads.weight_mu.mutable_data_ptr(), grads.weight_rho.mutable_data_ptr()});
+    bias_backward(*this, a, none ? nullptr : grad_bias.get(), Type::kFloat32, grad_kl, grads);
   }
 
+  static std::unique_ptr<float[]> floats(int64_t n) { return std::make_unique_for_overwrite<float[]>(n); }
   static const float* floats(const Tensor& t) { return static_cast<const float*>(t.const_data_ptr()); }
 };
 
