@@ -10,16 +10,18 @@ namespace {
 
 enum class Regime { kNarrow, kFused, kDrawn };
 
-// Narrow needs no packing and no GEMM. Measured on two cores with AVX-512, from 8 x 8 to 64 x 64 weights, forward and backward:
-// 0.7 to 1.05 of the fused regime's time up to batch 32, 0.4 to 0.7 of the drawn regime's above.
+// Narrow needs no packing and no GEMM, but its backward draws twice. Measured on two cores with AVX-512, from 8 x 8 to 64 x 64
+// weights, forward and backward: 0.7 to 1.05 of the fused regime's time up to batch 32, 0.4 to 0.7 of the drawn regime's
+// above; but with many samples of one row each, 2 of the fused regime's backward, and the two are level at 8 rows.
 //
 // Fused saves writing and reading the weights, but its products run at a part of the GEMM's rate: it pays while there are few
 // rows for each weight, and few are fewer where the weights stay in the cache anyway. Measured on two cores with AVX-512,
 // forward and backward: fused over drawn is 0.7 to 0.9 up to batch 128 from 256 x 256 weights on, with the crossing near
 // 256; below, it crosses 1 between 32 and 64.
-Regime choose_regime(const Posterior& weight, ScalarType activations, int64_t batch) {
+Regime choose_regime(const Posterior& weight, ScalarType activations, int64_t samples, int64_t batch) {
   bool single = weight.type == Type::kFloat32 && activations == ScalarType::Float;
-  if (single && weight.rows <= kNarrow && weight.columns <= kNarrow && cpu_kernels().narrow_forward) return Regime::kNarrow;
+  bool narrow = weight.rows <= kNarrow && weight.columns <= kNarrow && (samples == 1 || batch >= 8);
+  if (single && narrow && cpu_kernels().narrow_forward) return Regime::kNarrow;
   return batch <= (weight.rows * weight.columns >= 1 << 15 ? 128 : 32) ? Regime::kFused : Regime::kDrawn;
 }
 
@@ -70,7 +72,7 @@ class Cpu {
   Tensor empty(const Tensor& t, const Shape& shape, ScalarType dtype) { return empty_large(t, shape, dtype); }
 
   bool fused(const LinearArguments& a, const Tensor& x, int64_t batch) {
-    regime = choose_regime(a.weight.view, x.scalar_type(), batch);
+    regime = choose_regime(a.weight.view, x.scalar_type(), a.samples, batch);
     return regime != Regime::kDrawn;
   }
 
