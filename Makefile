@@ -12,13 +12,17 @@ SETTINGS := $(TORCH) cuda=$(BNN_FAST_CUDA) architectures=$(TORCH_CUDA_ARCH_LIST)
 
 export BNN_FAST_STRICT ?= 1
 
-.PHONY: build demo test slow bench ptx-report gpu-check clean FORCE
+.PHONY: build demo demos test slow bench ptx-report gpu-check clean FORCE
 .DELETE_ON_ERROR:
 
 build: $(VENV)/installed
 
 demo: build
 	$(PY) -m bnn_fast.demos bayes_by_backprop digits
+
+demos: build
+	$(PY) -m bnn_fast.demos variational_regression bayes_by_backprop bayesian_linear_regression \
+	  bayesian_neural_networks digits
 
 test: build
 	$(PY) -m pytest -rs

@@ -38,6 +38,11 @@ def positive_int(name: str, value) -> int:
     return value
 
 
+def batch(name: str, value) -> None:
+    if not isinstance(value, Tensor) or value.dim() == 0:
+        raise TypeError(f"{name}: expected a tensor [B, ...], given {describe(value)}")
+
+
 def linear_input(x: Tensor, weight_mu: Tensor, n_samples: int) -> None:
     """x [..., in] against weight_mu [out, in]; dimension 0 of x holds n_samples equal parts."""
     shape = x.shape

@@ -64,6 +64,14 @@ class sampling:
         for layer, mode in self._left.pop():
             layer._state.mode = mode
 
+    def _move(self, first_sample: int, n_samples: int) -> None:
+        """Within the context of a pinned draw, go on to others: the keys are written in place."""
+        for layer, _ in self._left[-1]:
+            mode = layer._state.mode
+            mode.key[1:].fill_(first_sample)
+            if mode.n_samples != n_samples:
+                layer._state.mode = mode._replace(n_samples=n_samples)
+
     def _keys(self, layers) -> list[Tensor]:
         seeds = _layer_seeds([name for name, _ in layers], self.seed)
         keys = []
@@ -89,19 +97,27 @@ class _fresh(sampling):
         return keys
 
 
+def pinned(model: nn.Module, n_samples: int, seed: int | None) -> sampling:
+    """The context of one seed: the one given, or where it is None a fresh one."""
+    return _fresh(model, n_samples) if seed is None else sampling(model, n_samples, seed)
+
+
 def mc_forward(model: nn.Module, x: Tensor, n_samples: int, seed: int | None = None) -> Tensor:
     """n_samples posterior draws of the outputs in one call of `model`: x [B, ...] -> [n_samples, B, ...].
 
     The weights are those of `sampling(model, n_samples, seed)`; without a seed a fresh one holds for the
     call. x is repeated along dimension 0, which has to be the batch in every module of `model`; ValueError if
-    the output has another size there.
+    the output has another size there. `predict` does the same in pieces, for any number of draws.
     """
     checks.positive_int("n_samples", n_samples)
-    if not isinstance(x, Tensor) or x.dim() == 0:
-        raise TypeError(f"x: expected a tensor [B, ...], given {checks.describe(x)}")
-    context = _fresh(model, n_samples) if seed is None else sampling(model, n_samples, seed)
-    with context:
-        y = model(x if n_samples == 1 else x.expand(n_samples, *x.shape).flatten(0, 1))
+    checks.batch("x", x)
+    with pinned(model, n_samples, seed):
+        return repeated(model, x, n_samples)
+
+
+def repeated(model: nn.Module, x: Tensor, n_samples: int) -> Tensor:
+    """model on x [B, ...] repeated n_samples times along dimension 0, as [n_samples, B, ...]."""
+    y = model(x if n_samples == 1 else x.expand(n_samples, *x.shape).flatten(0, 1))
     rows = x.shape[0]
     if not isinstance(y, Tensor) or y.dim() == 0 or y.shape[0] != n_samples * rows:
         raise ValueError(f"model: expected an output with {n_samples} * {rows} rows in dimension 0, "

@@ -54,8 +54,8 @@ template <class To, class From> BNN_FN To bit_cast(From x) {
   return to;
 }
 
-// x in every lane.
-template <class F> BNN_FN F splat(typename Lane<F>::Scalar x) { return F{} + x; }
+// x in every lane. (0 + x would stay an addition, since it is not x where x is -0.)
+template <class F> BNN_FN F splat(typename Lane<F>::Scalar x) { return x - F{}; }
 
 BNN_FN float fma_lane(float a, float b, float c) { return fmaf(a, b, c); }
 BNN_FN double fma_lane(double a, double b, double c) { return fma(a, b, c); }

@@ -122,14 +122,12 @@ struct LinearGradients {
   Tensor x, weight_mu, weight_rho, bias_mu, bias_rho;
 };
 
-// What is left of the backward once the bias's gradient is known, by sample: [samples, out], or absent.
+// What is left of the backward once the bias's gradient is known, by sample: [samples, out], or null.
 template <class Device>
-void bias_backward(Device& device, const LinearArguments& a, const OptionalTensor& grad_bias, const KlGradient& grad_kl,
+void bias_backward(Device& device, const LinearArguments& a, const void* grad_bias, Type type, const KlGradient& grad_kl,
                    LinearGradients& grads) {
   if (!a.bias) return;
-  device.sample_backward(SampleBackward{a.bias->view, static_cast<int>(a.divergence), a.samples,
-                                        grad_bias ? grad_bias->const_data_ptr() : nullptr,
-                                        grad_bias ? type_of_tensor(*grad_bias, "grad_bias") : a.bias->view.type, grad_kl,
+  device.sample_backward(SampleBackward{a.bias->view, static_cast<int>(a.divergence), a.samples, grad_bias, type, grad_kl,
                                         grads.bias_mu.mutable_data_ptr(), grads.bias_rho.mutable_data_ptr()});
 }
 
@@ -145,6 +143,10 @@ void drawn_backward(Device& device, const LinearArguments& a, const Tensor& x, c
                                           grad_kl, static_cast<char*>(grads.weight_mu.mutable_data_ptr()) + offset,
                                           static_cast<char*>(grads.weight_rho.mutable_data_ptr()) + offset});
   };
+  auto sum_to_bias = [&](int64_t batch_dimension) {
+    Tensor sums = torch::stable::sum(outputs, Shape{batch_dimension});
+    bias_backward(device, a, sums.const_data_ptr(), type, grad_kl, grads);
+  };
   if (a.samples == 1) {
     // The weights, then their gradient, can stand where the gradient of rho will be.
     Tensor weight = type == p.type ? grads.weight_rho : device.empty(x, {p.rows, p.columns}, x.scalar_type());
@@ -154,7 +156,7 @@ void drawn_backward(Device& device, const LinearArguments& a, const Tensor& x, c
     }
     aten("aten::mm", "out", torch::stable::transpose(outputs, 0, 1), inputs, weight);
     put_together(p, weight, 0);
-    return bias_backward(device, a, torch::stable::sum(outputs, Shape{0}), grad_kl, grads);
+    return sum_to_bias(0);
   }
   inputs = reshaped(inputs, {a.samples, batch, p.columns});
   outputs = reshaped(outputs, {a.samples, batch, p.rows});
@@ -171,7 +173,7 @@ void drawn_backward(Device& device, const LinearArguments& a, const Tensor& x, c
     put_together(part, weight, first * p.columns * size_of(p.type));
   });
   if (need_x) grads.x = reshaped(grads.x, shape_of(x));
-  bias_backward(device, a, torch::stable::sum(outputs, Shape{1}), grad_kl, grads);
+  sum_to_bias(1);
 }
 
 template <class Device>
@@ -216,7 +218,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> variational_linear_backward(
   } else {
     device.sample_backward(SampleBackward{a.weight.view, static_cast<int>(kl), n_samples, nullptr, a.weight.view.type, k,
                                           grads.weight_mu.mutable_data_ptr(), grads.weight_rho.mutable_data_ptr()});
-    bias_backward(device, a, std::nullopt, k, grads);
+    bias_backward(device, a, nullptr, a.weight.view.type, k, grads);
   }
   return {grads.x, grads.weight_mu, grads.weight_rho, grads.bias_mu, grads.bias_rho};
 }

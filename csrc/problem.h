@@ -126,4 +126,41 @@ struct LinearBackward {
   void* grad_rho;
 };
 
+// Layers of at most kNarrow inputs and outputs, in float32 (cpu/narrow.h).
+constexpr int64_t kNarrow = 64;
+
+// How the batch rows of all samples are cut into tasks, by the shape alone: each has rows of one sample.
+struct NarrowTasks {
+  int64_t batch, per_sample, rows, count;
+
+  NarrowTasks(int64_t samples, int64_t batch) : batch(batch) {
+    int64_t wanted = samples < 64 ? 64 / samples : 1, most = (batch + 255) / 256;
+    per_sample = most < wanted ? most : wanted;
+    rows = per_sample > 0 ? (batch + per_sample - 1) / per_sample : 0;
+    count = samples * per_sample;
+  }
+  int64_t first_row(int64_t t) const { return t / per_sample * batch + t % per_sample * rows; }
+  int64_t end_row(int64_t t) const {
+    int64_t end = first_row(t) + rows, of_sample = (t / per_sample + 1) * batch;
+    return end < of_sample ? end : of_sample;
+  }
+};
+
+struct NarrowForward {
+  int64_t inputs, outputs, samples, batch;  // batch: of one sample
+  const float* x;       // [samples * batch, inputs]
+  const float* weight;  // [samples, outputs, inputs]
+  const float* bias;    // [samples, outputs] or null
+  float* y;             // [samples * batch, outputs]
+};
+
+struct NarrowBackward {
+  int64_t inputs, outputs, samples, batch;
+  const float* x;       // [samples * batch, inputs]
+  const float* grad_y;  // [samples * batch, outputs]
+  const float* weight;  // [samples, outputs, inputs], readable 16 elements beyond its end, or null without grad_x
+  float* grad_x;        // [samples * batch, inputs] or null
+  float* partial;       // [tasks, inputs + 1, outputs]: each task's part of the weights' gradient, then the bias's
+};
+
 }  // namespace bnn_fast

@@ -19,6 +19,9 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 HALVES = (torch.bfloat16, torch.float16)
 KEY = torch.tensor([0x123456789ABCDEF, 3])
 FUSED, DRAWN = 5, 40  # batch sizes in the small-batch and in the large-batch regime
+# (inputs, batch) that lead to each regime on the CPU
+REGIMES = {"narrow": (37, DRAWN), "fused": (69, FUSED), "drawn": (69, DRAWN)}
+in_every_regime = pytest.mark.parametrize("inputs, batch", REGIMES.values(), ids=REGIMES)
 
 
 @pytest.fixture(autouse=True)

@@ -16,6 +16,7 @@ from kernels import (
     KLS,
     SCALES,
     check_linear,
+    in_every_regime,
     make_prior,
     one_thread,  # noqa: F401
     posterior,
@@ -26,23 +27,23 @@ from kernels import (
 from bnn_fast import Normal, functional
 
 
-@pytest.mark.parametrize("batch", [FUSED, DRAWN], ids=["fused", "drawn"])
+@in_every_regime
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kl", KLS, ids=str)
 @pytest.mark.parametrize("scale", SCALES)
-def test_linear_options(scale, kl, dtype, batch):
+def test_linear_options(scale, kl, dtype, inputs, batch):
     for tensors, bias, n_samples, offsets in itertools.product(
         (False, True), (False, True), (1, 3), ((0, 0), (5, 7))
     ):
-        mu, rho = posterior(19, 37, dtype=dtype)
+        mu, rho = posterior(19, inputs, dtype=dtype)
         bias_mu, bias_rho = posterior(19, dtype=dtype, seed=1) if bias else (None, None)
         check_linear(
-            random(n_samples * batch, 37, dtype=dtype, seed=2),
+            random(n_samples * batch, inputs, dtype=dtype, seed=2),
             mu,
             rho,
             bias_mu,
             bias_rho,
-            prior=make_prior(tensors, 19, 37, dtype=dtype),
+            prior=make_prior(tensors, 19, inputs, dtype=dtype),
             bias_prior=make_prior(tensors, 19, dtype=dtype, seed=1),
             scale=scale,
             kl=kl,
@@ -88,6 +89,38 @@ def test_linear_awkward_shapes(outputs, inputs, n_samples):
         )
 
 
+@pytest.mark.parametrize("n_samples", [1, 3])
+@pytest.mark.parametrize(
+    "outputs, inputs",
+    [(1, 20), (20, 1), (7, 8), (8, 7), (15, 17), (16, 16), (33, 9), (9, 33), (48, 20), (64, 64), (65, 64), (64, 65)],
+)
+def test_linear_narrow_shapes(outputs, inputs, n_samples):
+    """Around whole vectors of outputs and inputs; batches around whole blocks of rows, sums and tasks."""
+    mu, rho = posterior(outputs, inputs)
+    for batch in (1, 7, 8, 9, 63, 65, 257, 1100):
+        x = random(n_samples * batch, inputs, seed=2)
+        for biases in ((None, None), posterior(outputs, seed=1)):
+            check_linear(x, mu, rho, *biases, n_samples=n_samples, row_offset=3, column_offset=2)
+
+
+@pytest.mark.parametrize("outputs, inputs", [(1, 20), (20, 1), (5, 5), (40, 17)])
+def test_linear_takes_nothing_from_beyond_its_rows(outputs, inputs):
+    """Rows shorter than a vector are read beyond their end: what is there must not matter."""
+    mu, rho = posterior(outputs, inputs)
+    options = dict(prior=Normal(), bias_prior=Normal(), scale="softplus", kl="analytic", n_samples=1)
+    options |= dict(row_offset=0, column_offset=0, grad_kl=torch.tensor(1.0))
+    for rows in (1, 9, 300):
+        x, grad_y = random(rows, inputs, seed=2), random(rows, outputs, seed=7)
+        y, _, gradients = raw_linear(x, mu, rho, None, None, KEY, **options, grad_y=grad_y)
+        amid_nan = [torch.full((rows + 40, t.shape[1]), math.nan) for t in (x, grad_y)]
+        for whole, t in zip(amid_nan, (x, grad_y)):
+            whole[20:-20] = t
+        x, grad_y = (t[20:-20] for t in amid_nan)
+        again = raw_linear(x, mu, rho, None, None, KEY, **options, grad_y=grad_y)
+        for a, b in zip((y, *gradients), (again[0], *again[2])):
+            assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("outputs, inputs", [(8192, 32), (4, 65536)])
 def test_linear_long_sums(outputs, inputs):
     """Sums over many inputs (y) and outputs (the gradient of x) must not be one long chain of roundings."""
@@ -95,13 +128,13 @@ def test_linear_long_sums(outputs, inputs):
         check_linear(random(batch, inputs, seed=2), *posterior(outputs, inputs))
 
 
-@pytest.mark.parametrize("batch", [FUSED, DRAWN], ids=["fused", "drawn"])
+@in_every_regime
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-def test_linear_with_half_inputs_and_float_parameters(dtype, batch):
+def test_linear_with_half_inputs_and_float_parameters(dtype, inputs, batch):
     for kl, n_samples, bias in itertools.product(KLS, (1, 3), (False, True)):
-        mu, rho = posterior(19, 37)
+        mu, rho = posterior(19, inputs)
         check_linear(
-            random(n_samples * batch, 37, dtype=dtype, seed=2),
+            random(n_samples * batch, inputs, dtype=dtype, seed=2),
             mu,
             rho,
             *(posterior(19, seed=1) if bias else (None, None)),
@@ -111,34 +144,35 @@ def test_linear_with_half_inputs_and_float_parameters(dtype, batch):
         )
 
 
+@pytest.mark.parametrize("columns", [21, 69])
 @pytest.mark.parametrize("n_samples", [1, 2])
 @pytest.mark.parametrize("kl", ["analytic", "sampled"])
-def test_linear_strides_and_dimensions(kl, n_samples):
-    mu, rho = posterior(9, 21)
+def test_linear_strides_and_dimensions(kl, n_samples, columns):
+    mu, rho = posterior(9, columns)
     options = dict(n_samples=n_samples, kl=kl)
     inputs = {
-        "3-d": random(4, 3, 21),
-        "large 3-d": random(4, 30, 21),
-        "4-d": random(2, 2, 3, 21),
-        "transposed": random(21, 8).T,
-        "large transposed": random(21, 60).T,
-        "expanded batch": random(1, 21).expand(8, 21),
-        "expanded features": random(60, 1).expand(60, 21),
-        "every other": random(8, 42)[:, ::2],
-        "shifted": random(8, 23)[:, 1:-1],
+        "3-d": random(4, 3, columns),
+        "large 3-d": random(4, 30, columns),
+        "4-d": random(2, 2, 3, columns),
+        "transposed": random(columns, 8).T,
+        "large transposed": random(columns, 60).T,
+        "expanded batch": random(1, columns).expand(8, columns),
+        "expanded features": random(60, 1).expand(60, columns),
+        "every other": random(8, 2 * columns)[:, ::2],
+        "shifted": random(8, columns + 2)[:, 1:-1],
     }
     if n_samples == 1:
-        inputs["1-d"] = random(21)
+        inputs["1-d"] = random(columns)
     for x in inputs.values():
         check_linear(x, mu, rho, *posterior(9, seed=1), **options)
     for mu_, rho_ in (
-        (random(21, 9).T, random(21, 9, seed=3).T),
-        (random(1, 21).expand(9, 21), random(9, 1).expand(9, 21)),
+        (random(columns, 9).T, random(columns, 9, seed=3).T),
+        (random(1, columns).expand(9, columns), random(9, 1).expand(9, columns)),
     ):
         for batch in (FUSED, DRAWN):
-            prior = Normal(random(21, 9, seed=5).T, random(9, 1, seed=6).abs().expand(9, 21) + 0.5)
+            prior = Normal(random(columns, 9, seed=5).T, random(9, 1, seed=6).abs().expand(9, columns) + 0.5)
             check_linear(
-                random(n_samples * batch, 21),
+                random(n_samples * batch, columns),
                 mu_,
                 rho_,
                 random(1).expand(9),
@@ -148,10 +182,10 @@ def test_linear_strides_and_dimensions(kl, n_samples):
             )
 
 
-@pytest.mark.parametrize("batch", [FUSED, DRAWN], ids=["fused", "drawn"])
-def test_linear_backward_takes_gradients_of_any_stride_and_either_alone(batch):
-    mu, rho = posterior(9, 21)
-    x, biases = random(batch, 21), posterior(9, seed=1)
+@in_every_regime
+def test_linear_backward_takes_gradients_of_any_stride_and_either_alone(inputs, batch):
+    mu, rho = posterior(9, inputs)
+    x, biases = random(batch, inputs), posterior(9, seed=1)
     options = dict(
         prior=Normal(0.0, 1.0),
         bias_prior=Normal(0.0, 1.0),
@@ -182,16 +216,16 @@ def test_linear_backward_takes_gradients_of_any_stride_and_either_alone(batch):
                 assert part_y.abs().sum() > 0 and part_kl.abs().sum() > 0
 
 
-@pytest.mark.parametrize("batch", [FUSED, DRAWN], ids=["fused", "drawn"])
+@in_every_regime
 @pytest.mark.parametrize("kl", ["analytic", "sampled"])
 @pytest.mark.parametrize("scale", SCALES)
-def test_linear_pruned_weights(scale, kl, batch):
+def test_linear_pruned_weights(scale, kl, inputs, batch):
     for n_samples in (1, 3):
-        mu, rho = posterior(9, 21)
+        mu, rho = posterior(9, inputs)
         bias_mu, bias_rho = posterior(9, seed=1)
-        pruned, bias_pruned = random(9, 21, seed=8) > 0, random(9, seed=9) > 0
+        pruned, bias_pruned = random(9, inputs, seed=8) > 0, random(9, seed=9) > 0
         rho[pruned], bias_rho[bias_pruned] = -math.inf, -math.inf
-        x = random(n_samples * batch, 21, seed=2)
+        x = random(n_samples * batch, inputs, seed=2)
         check_linear(x, mu, rho, bias_mu, bias_rho, scale=scale, kl=kl, n_samples=n_samples)
         gradients = raw_linear(
             x,
@@ -214,14 +248,14 @@ def test_linear_pruned_weights(scale, kl, batch):
             assert torch.equal(gradient == 0, mask)
 
 
-@pytest.mark.parametrize("batch", [FUSED, DRAWN], ids=["fused", "drawn"])
-def test_linear_uses_the_weights_of_sample_normal(batch):
-    """Row by row with x the identity's rows: both regimes multiply by the very weights, bit for bit."""
-    mu, rho = posterior(24, 20)
+@in_every_regime
+def test_linear_uses_the_weights_of_sample_normal(inputs, batch):
+    """Row by row with x the identity's rows: every regime multiplies by the very weights, bit for bit."""
+    mu, rho = posterior(24, inputs)
     drawn = functional.sample_normal(mu, rho, KEY, row_offset=2, column_offset=6)[0]
-    eye = torch.eye(20).repeat(batch // 20 + 1, 1)[:batch]
+    eye = torch.eye(inputs).repeat(batch // inputs + 1, 1)[:batch]
     y, _ = functional.variational_linear(eye, mu, rho, None, None, KEY, row_offset=2, column_offset=6)
-    assert torch.equal(y, drawn.T.repeat(batch // 20 + 1, 1)[:batch])
+    assert torch.equal(y, drawn.T.repeat(batch // inputs + 1, 1)[:batch])
 
 
 @pytest.mark.parametrize("inputs", [16, 4], ids=["fused", "drawn"])

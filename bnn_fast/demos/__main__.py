@@ -6,9 +6,11 @@ import importlib.util
 import sys
 import time
 
-from . import bayes_by_backprop, digits, digits_data
+from . import bayes_by_backprop, bayesian_linear_regression, bayesian_neural_networks, digits, digits_data
+from . import variational_regression
 
-DEMOS = {"bayes_by_backprop": bayes_by_backprop, "digits": digits}
+DEMOS = {module.__name__.rpartition(".")[2]: module for module in (
+    variational_regression, bayes_by_backprop, bayesian_linear_regression, bayesian_neural_networks, digits)}
 EXTRAS = {"matplotlib": "matplotlib", "sklearn": "scikit-learn", "tqdm": "tqdm"}
 
 

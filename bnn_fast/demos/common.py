@@ -1,8 +1,8 @@
-"""What the demos share: the progress bar, predictions in pieces, pictures saved, the table at the end."""
+"""What the demos share: training with a progress bar, networks, pictures saved, the table at the end."""
 from __future__ import annotations
 
 import os
-from typing import Iterable, Iterator
+from typing import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -20,15 +20,12 @@ class Progress:
 
         self._bar = tqdm(total=total, desc=label, unit="step", mininterval=0.5)
 
-    def step(self, loss: Tensor, elbo: bf.ELBO) -> None:
+    def step(self, **parts: Tensor) -> None:
         # Reading a value waits for the device: not at every step.
         if self._bar.n % 20 == 0:
-            self._bar.set_postfix(loss=f"{loss.item():.4g}", nll=f"{elbo.nll.item():.4g}",
-                                  kl=f"{elbo.kl.item():.4g}", refresh=False)
+            self._bar.set_postfix({name: f"{value.item():.4g}" for name, value in parts.items()},
+                                  refresh=False)
         self._bar.update()
-
-    def say(self, text: str) -> None:
-        self._bar.write(text)
 
     def __enter__(self) -> Progress:
         return self
@@ -37,14 +34,52 @@ class Progress:
         self._bar.close()
 
 
-@torch.no_grad()
-def draws_by_piece(model: nn.Module, x: Tensor, n_samples: int, seed: int, rows: int) -> Iterator[Tensor]:
-    """mc_forward on `rows` rows of x at a time, [n_samples, <= rows, ...]: memory does not grow with x.
+def say(text: str) -> None:
+    """Print a line above the progress bar."""
+    from tqdm import tqdm
 
-    The seed makes the draws the same networks for every piece.
+    tqdm.write(text)
+
+
+def minimise(objective: Callable[[], dict[str, Tensor]], parameters: Iterable[Tensor], *, steps: int,
+             lr: float, label: str, decay: bool = False) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """Adam on objective()["loss"], as a loop: yields (step from 1, what objective() gave) at every step,
+    while the parameters are still those that gave it.
+
+    decay: the learning rate falls to 0 along half a cosine, and the noise of the gradients dies away with it.
     """
-    for piece in x.split(rows):
-        yield bf.mc_forward(model, piece, n_samples, seed)
+    optimizer = torch.optim.Adam(parameters, lr=lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps) if decay else None
+    with Progress(steps, label) as progress:
+        for step in range(1, steps + 1):
+            optimizer.zero_grad()
+            parts = objective()
+            parts["loss"].backward()
+            yield step, {name: value.detach() for name, value in parts.items()}
+            optimizer.step()
+            if decay:
+                schedule.step()
+            progress.step(**parts)
+
+
+def elbo_parts(elbo: bf.ELBO, x: Tensor, y: Tensor, n_samples: int = 1) -> dict[str, Tensor]:
+    """The loss of elbo(x, y, n_samples) with its two parts, as `minimise` takes them."""
+    return {"loss": elbo(x, y, n_samples), "nll": elbo.nll, "kl": elbo.kl}
+
+
+def perceptron(*sizes: int, layer: Callable[[int, int], nn.Module] = nn.Linear) -> nn.Sequential:
+    """layer(in, out) between neighbouring sizes, with a ReLU between layers."""
+    layers = []
+    for n_in, n_out in zip(sizes, sizes[1:]):
+        layers += [layer(n_in, n_out), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+def panels(columns: int, width: float, height: float):
+    """`columns` Axes side by side on one new figure of so many inches."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), dpi=150, layout="constrained").subplots(1, columns)
 
 
 def save(axes, folder: str, name: str) -> str:

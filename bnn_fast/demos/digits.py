@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 import bnn_fast as bf
-from bnn_fast import plotting
+from bnn_fast import metrics, plotting
 
 from . import digits_data
-from .common import Progress, draws_by_piece, save, step_times, table
+from .common import Progress, elbo_parts, save, step_times, table
 
 BINS = 10      # of the confidence, equally wide
 
@@ -44,16 +44,15 @@ def train(model: nn.Module, x: Tensor, y: Tensor, batch: int, epochs: int, label
         for _ in range(epochs):
             for rows in torch.randperm(len(x), device=x.device).split(batch):
                 optimizer.zero_grad()
-                loss = elbo(x[rows], y[rows])
-                loss.backward()
+                parts = elbo_parts(elbo, x[rows], y[rows])
+                parts["loss"].backward()
                 optimizer.step()
-                progress.step(loss, elbo)
+                progress.step(**parts)
 
 
 def predict(model: nn.Module, x: Tensor, draws: int, seed: int) -> Tensor:
     """Class probabilities [N, 10], the mean over the posterior draws."""
-    pieces = draws_by_piece(model, x, draws, seed, rows=1000)
-    return torch.cat([logits.softmax(-1).mean(0) for logits in pieces])
+    return bf.predict(model, x, bf.Categorical(), draws, seed).probs
 
 
 def entropy(probs: Tensor) -> Tensor:
@@ -62,10 +61,9 @@ def entropy(probs: Tensor) -> Tensor:
 
 
 def measure(probs: Tensor, scrambled: Tensor, y: Tensor) -> dict[str, float]:
-    confidence, accuracy, share = plotting.reliability_bins(probs, y, BINS)
     return {"accuracy": (probs.argmax(-1) == y).float().mean().item(),
-            "nll": -probs.gather(1, y[:, None]).log().mean().item(),
-            "calibration": (share * (accuracy - confidence).abs()).nansum().item(),
+            "nll": metrics.nll(probs, y).item(),
+            "calibration": metrics.expected_calibration_error(probs, y, BINS).item(),
             "entropy": entropy(probs).mean().item(),
             "scrambled": entropy(scrambled).mean().item()}
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "linear.h"
+#include "narrow.h"
 
 BNN_FAST_BEGIN
 
@@ -27,7 +28,9 @@ template <class F> constexpr CpuKernels make_kernels(const char* name) {
           by_type<Pack, pack<F>, pack<double>>,
           by_type<Pack, unpack<F>, unpack<double>>,
           by_type<LinearForward, linear_forward<F>, linear_forward<double>>,
-          by_type<LinearBackward, linear_backward<F>, linear_backward<double>>};
+          by_type<LinearBackward, linear_backward<F>, linear_backward<double>>,
+          Lane<F>::width > 1 ? narrow_forward<F> : nullptr,
+          Lane<F>::width > 1 ? narrow_backward<F> : nullptr};
 }
 
 BNN_FAST_END

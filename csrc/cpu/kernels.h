@@ -16,6 +16,9 @@ struct CpuKernels {
   void (*unpack)(const Pack&, int64_t begin, int64_t end);                     // tasks: batch rows
   void (*linear_forward)(const LinearForward&, int64_t begin, int64_t end);    // tasks: blocks of kRowBlock outputs
   void (*linear_backward)(const LinearBackward&, int64_t begin, int64_t end);  // tasks: blocks of column_block inputs
+  // Null where there are no vectors.
+  void (*narrow_forward)(const NarrowForward&, int64_t begin, int64_t end);    // tasks: NarrowTasks
+  void (*narrow_backward)(const NarrowBackward&, int64_t begin, int64_t end);  // tasks: NarrowTasks
 };
 
 constexpr int64_t kRowBlock = 4;

@@ -91,10 +91,11 @@ template <class F> struct PriorSpan {
   Tile<F> loc, inverse, log_scale;
 
   explicit PriorSpan(const Prior& prior) {
+    auto log_of_scale = static_cast<ScalarOf<F>>(log(prior.scale));  // no compiler takes it out of the loop
     for (int i = 0; i < kTile; ++i) {
       loc[i] = static_cast<ScalarOf<F>>(prior.loc);
       inverse[i] = static_cast<ScalarOf<F>>(1.0 / prior.scale);
-      log_scale[i] = static_cast<ScalarOf<F>>(log(prior.scale));
+      log_scale[i] = log_of_scale;
     }
   }
   void move_to(const Posterior& p, const Span& span) {

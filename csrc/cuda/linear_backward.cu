@@ -398,23 +398,10 @@ cudaError_t plan_backward(const LayerBackward& problem, BackwardPlan& plan) {
   return cut(plan.tiles, plan.steps, plan.cut);
 }
 
-template <Type type, int kBatch>
-cudaError_t launch_backward(const LayerBackward& problem, const BackwardPlan& plan, cudaStream_t stream) {
-  size_t bytes = plan.groups * sizeof(TileArrays) + kWarps * sizeof(SampleArrays) +
-                 plan.members * kBatch * (plan.x_stride + 2 * kStageStride<type>) * sizeof(Stored<type>);
-  auto kernel = backward_kernel<type, kBatch>;
-  if (cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)))
-    return error;
-  if (plan.tiles > INT32_MAX) return cudaErrorInvalidConfiguration;
-  dim3 grid(static_cast<unsigned>(plan.tiles), static_cast<unsigned>(plan.cut.parts));
-  kernel<<<grid, kThreads, bytes, stream>>>(problem, plan);
-  return cudaGetLastError();
-}
-
-template <Type type> cudaError_t launch_backward(const LayerBackward& problem, const BackwardPlan& plan, cudaStream_t stream) {
-  constexpr int kFew = type == Type::kFloat32 ? 4 : 16, kMany = type == Type::kFloat32 ? kFusedBatch : kFusedBatchHalf;
-  return problem.batch <= kFew ? launch_backward<type, kFew>(problem, plan, stream)
-                               : launch_backward<type, kMany>(problem, plan, stream);
+// Of a block's shared memory.
+template <Type type, int kBatch> size_t shared_bytes(const BackwardPlan& plan) {
+  return plan.groups * sizeof(TileArrays) + kWarps * sizeof(SampleArrays) +
+         plan.members * kBatch * (plan.x_stride + 2 * kStageStride<type>) * sizeof(Stored<type>);
 }
 
 }  // namespace
@@ -429,10 +416,10 @@ extern "C" cudaError_t bnn_fast_cuda_linear_backward(const LayerBackward* proble
   auto queue = static_cast<cudaStream_t>(stream);
   BackwardPlan plan;
   if (cudaError_t error = plan_backward(*problem, plan)) return error;
-  auto launch = problem->x_type == Type::kFloat32    ? launch_backward<Type::kFloat32>
-                : problem->x_type == Type::kBFloat16 ? launch_backward<Type::kBFloat16>
-                                                     : launch_backward<Type::kFloat16>;
-  if (cudaError_t error = launch(*problem, plan, queue)) return error;
+  cudaError_t error = with_type_and_batch(problem->x_type, problem->batch, [&]<Type type, int kBatch>() {
+    return launch_tiles(backward_kernel<type, kBatch>, *problem, plan, shared_bytes<type, kBatch>(plan), queue);
+  });
+  if (error) return error;
   int64_t quads = problem->grad_x ? problem->samples * problem->batch * ((problem->weight.columns + 3) / 4) : 0;
   int64_t for_x = (quads + kThreads - 1) / kThreads;
   int64_t for_bias = problem->bias.mu ? (quads_in_row(problem->bias) + kThreads - 1) / kThreads : 0;

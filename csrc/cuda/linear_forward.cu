@@ -251,23 +251,10 @@ cudaError_t plan_forward(const LayerForward& problem, ForwardPlan& plan) {
   return cudaSuccess;
 }
 
-template <Type type, int kBatch>
-cudaError_t launch_forward(const LayerForward& problem, const ForwardPlan& plan, cudaStream_t stream) {
-  size_t bytes = kWarps / plan.members * plan.arrays * kChunkQuads * sizeof(float4) +
-                 2 * plan.members * kBatch * kStageStride<type> * sizeof(Stored<type>);
-  auto kernel = forward_kernel<type, kBatch>;
-  if (cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)))
-    return error;
-  if (plan.tiles > INT32_MAX) return cudaErrorInvalidConfiguration;
-  dim3 grid(static_cast<unsigned>(plan.tiles), static_cast<unsigned>(plan.cut.parts));
-  kernel<<<grid, kThreads, bytes, stream>>>(problem, plan);
-  return cudaGetLastError();
-}
-
-template <Type type> cudaError_t launch_forward(const LayerForward& problem, const ForwardPlan& plan, cudaStream_t stream) {
-  constexpr int kFew = type == Type::kFloat32 ? 4 : 16, kMany = type == Type::kFloat32 ? kFusedBatch : kFusedBatchHalf;
-  return problem.batch <= kFew ? launch_forward<type, kFew>(problem, plan, stream)
-                               : launch_forward<type, kMany>(problem, plan, stream);
+// Of a block's shared memory.
+template <Type type, int kBatch> size_t shared_bytes(const ForwardPlan& plan) {
+  return kWarps / plan.members * plan.arrays * kChunkQuads * sizeof(float4) +
+         2 * plan.members * kBatch * kStageStride<type> * sizeof(Stored<type>);
 }
 
 }  // namespace
@@ -282,10 +269,10 @@ extern "C" cudaError_t bnn_fast_cuda_linear_forward(const LayerForward* problem,
   auto queue = static_cast<cudaStream_t>(stream);
   ForwardPlan plan;
   if (cudaError_t error = plan_forward(*problem, plan)) return error;
-  auto launch = problem->x_type == Type::kFloat32    ? launch_forward<Type::kFloat32>
-                : problem->x_type == Type::kBFloat16 ? launch_forward<Type::kBFloat16>
-                                                     : launch_forward<Type::kFloat16>;
-  if (cudaError_t error = launch(*problem, plan, queue)) return error;
+  cudaError_t error = with_type_and_batch(problem->x_type, problem->batch, [&]<Type type, int kBatch>() {
+    return launch_tiles(forward_kernel<type, kBatch>, *problem, plan, shared_bytes<type, kBatch>(plan), queue);
+  });
+  if (error) return error;
   int64_t quads = ((problem->weight.row_offset & 3) + problem->weight.rows + 3) / 4;
   int64_t blocks = (quads * problem->samples * problem->batch + kThreads - 1) / kThreads + 1;
   finish_kernel<<<static_cast<unsigned>(blocks), kThreads, 0, queue>>>(*problem, plan);

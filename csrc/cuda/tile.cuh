@@ -136,4 +136,26 @@ inline cudaError_t cut(int64_t tiles, int steps, Cut& best) {
   return cudaSuccess;
 }
 
+// Calls launch<type, kBatch>() for the type of x and the fewest rows, of those that kernels are made for, that hold a batch.
+template <class Launch> cudaError_t with_type_and_batch(Type type, int64_t batch, Launch launch) {
+  auto with_batch = [&]<Type x_type>() {
+    constexpr int kFew = x_type == Type::kFloat32 ? 4 : 16, kMany = x_type == Type::kFloat32 ? kFusedBatch : kFusedBatchHalf;
+    return batch <= kFew ? launch.template operator()<x_type, kFew>() : launch.template operator()<x_type, kMany>();
+  };
+  return type == Type::kFloat32    ? with_batch.template operator()<Type::kFloat32>()
+         : type == Type::kBFloat16 ? with_batch.template operator()<Type::kBFloat16>()
+                                   : with_batch.template operator()<Type::kFloat16>();
+}
+
+// A block for each tile and part of the plan, with so many bytes of shared memory.
+template <class Problem, class Plan>
+cudaError_t launch_tiles(void (*kernel)(Problem, Plan), const Problem& problem, const Plan& plan, size_t bytes, cudaStream_t stream) {
+  if (plan.tiles > INT32_MAX) return cudaErrorInvalidConfiguration;
+  if (cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)))
+    return error;
+  dim3 grid(static_cast<unsigned>(plan.tiles), static_cast<unsigned>(plan.cut.parts));
+  kernel<<<grid, kThreads, bytes, stream>>>(problem, plan);
+  return cudaGetLastError();
+}
+
 }  // namespace bnn_fast
