@@ -5,6 +5,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <initializer_list>
+
 #include "../divergence.h"
 #include "../normal.h"
 #include "../problem.h"
@@ -227,6 +229,13 @@ __device__ double quad_divergence(const Posterior& p, int divergence, int64_t ro
     }
   }
   return sum;
+}
+
+// Whether every quad is either whole or outside, for tensors like the weights at these addresses.
+inline bool all_aligned(const Posterior& p, std::initializer_list<const void*> tensors) {
+  bool aligned = p.columns % 4 == 0 && p.column_offset % 4 == 0;
+  for (const void* tensor : tensors) aligned = aligned && reinterpret_cast<uintptr_t>(tensor) % 16 == 0;
+  return aligned;
 }
 
 // The sum over a block of at most 1024 threads, in a fixed order, for thread 0. Every thread must call it.

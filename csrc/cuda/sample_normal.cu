@@ -244,10 +244,7 @@ cudaError_t launch(void (*kernel)(Work<F, P>), const P& problem, cudaStream_t st
 
 // Whether all quads are WholeQuads in the posterior's tensors and in those given.
 bool whole(const Posterior& p, const void* a, const void* b, const void* c) {
-  uintptr_t addresses = 0;
-  for (const void* data : {p.mu, p.rho, p.prior.loc_tensor, p.prior.scale_tensor, a, b, c})
-    addresses |= reinterpret_cast<uintptr_t>(data);
-  return addresses % 16 == 0 && p.columns % 4 == 0 && p.column_offset % 4 == 0;
+  return all_aligned(p, {p.mu, p.rho, p.prior.loc_tensor, p.prior.scale_tensor, a, b, c});
 }
 
 }  // namespace

@@ -11,7 +11,6 @@
 
 #include <cuda_pipeline.h>
 
-#include <initializer_list>
 #include <type_traits>
 
 #include "linear.h"
@@ -56,13 +55,6 @@ struct TileQuad {
   __device__ bool inside(int k) const { return first + k >= 0 && first + k < columns; }
 };
 template <class F> __device__ __forceinline__ bool is_vector(const void*, Type, const TileQuad& q) { return q.whole; }
-
-// Whether every quad is either whole or outside, for tensors like the weights at these addresses.
-inline bool all_aligned(const Posterior& p, std::initializer_list<const void*> tensors) {
-  bool aligned = p.columns % 4 == 0 && p.column_offset % 4 == 0;
-  for (const void* tensor : tensors) aligned = aligned && reinterpret_cast<uintptr_t>(tensor) % 16 == 0;
-  return aligned;
-}
 
 inline PriorAt<float> prior_of_numbers(const Prior& prior) {
   float scale = static_cast<float>(prior.scale);
