@@ -37,7 +37,7 @@ struct LinearArguments {
     STD_TORCH_CHECK(weight_mu.dim() == 2, "weight_mu has shape ", describe(shape_of(weight_mu)), ", expected [out, in]");
     STD_TORCH_CHECK(bias_mu.has_value() == bias_rho.has_value(), "bias_mu and bias_rho are to be given together");
     if (!bias_mu) return;
-    STD_TORCH_CHECK(shape_of(*bias_mu) == Shape{weight_mu.size(0)} && bias_mu->scalar_type() == weight_mu.scalar_type(),
+    STD_TORCH_CHECK(bias_mu->sizes() == Shape{weight_mu.size(0)} && bias_mu->scalar_type() == weight_mu.scalar_type(),
                     "bias_mu has shape ", describe(shape_of(*bias_mu)), ", expected [", weight_mu.size(0),
                     "] and weight_mu's dtype");
     // A bias is one row; its columns are the weight's rows.
@@ -209,7 +209,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> variational_linear_backward(
   if (grad_y) {
     int64_t batch = a.check_input(*x);
     Shape shape = a.output_shape(*x);
-    STD_TORCH_CHECK(shape_of(*grad_y) == shape && grad_y->scalar_type() == x->scalar_type(), "grad_y has shape ",
+    STD_TORCH_CHECK(grad_y->sizes() == shape && grad_y->scalar_type() == x->scalar_type(), "grad_y has shape ",
                     describe(shape_of(*grad_y)), ", expected ", describe(shape), " and x's dtype");
     if (device.fused(a, *x, batch))
       device.fused_backward(a, dense(*x), *grad_y, k, need_grad_x, batch, grads);

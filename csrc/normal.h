@@ -92,22 +92,30 @@ template <class F, class UInt> BNN_FN void normal4(UInt x0, UInt x1, UInt x2, UI
   normal[3] = r * sine;
 }
 
-// Where a tensor's noise comes from: the part of the counter and key that all its elements share.
-struct Noise {
-  uint32_t seed_low, seed_high, stream;
+// Where a tensor's noise comes from: the key, and the part of the counter, that all its elements share.
+template <class Keys> struct Noise {
+  Keys keys;
+  uint32_t stream;
 };
 
-// Normals of columns 4c .. 4c + 4 width - 1 of one row, in column order, c a multiple of width.
-template <class F> BNN_FN void draw_normals(Noise noise, uint32_t sample, uint32_t row, uint32_t c, F (&normal)[4]) {
+// The four normals of each counter of N vectors, in order where columns (divided by 4) and rows are those of counter_iota's
+// lanes.
+template <class F, int N, class Keys>
+BNN_FN void draw_normals(const Noise<Keys>& noise, uint32_t sample, const typename Lane<F>::UInt (&rows)[N],
+                         const typename Lane<F>::UInt (&columns)[N], F (&normal)[N][4]) {
   using UInt = typename Lane<F>::UInt;
-  using Word = typename Lane<F>::Word;
-  Word x0 = to_word(counter_iota<F>() + c);
-  Word x1 = to_word(UInt{} + row);
-  Word x2 = to_word(UInt{} + sample);
-  Word x3 = to_word(UInt{} + noise.stream);
-  philox(x0, x1, x2, x3, noise.seed_low, noise.seed_high);
-  normal4<F>(from_word(x0), from_word(x1), from_word(x2), from_word(x3), normal);
-  transpose4<F>(normal);
+  typename Lane<F>::Word x[N][4];
+  for (int n = 0; n < N; ++n) {
+    x[n][0] = to_word(columns[n]);
+    x[n][1] = to_word(rows[n]);
+    x[n][2] = to_word(UInt{} + sample);
+    x[n][3] = to_word(UInt{} + noise.stream);
+  }
+  philox(x, noise.keys);
+  for (int n = 0; n < N; ++n) {
+    normal4<F>(from_word(x[n][0]), from_word(x[n][1]), from_word(x[n][2]), from_word(x[n][3]), normal[n]);
+    transpose4<F>(normal[n]);
+  }
 }
 
 BNN_FAST_END

@@ -93,13 +93,13 @@ struct SampleBackward {
   void* grad_rho;  // [rows, columns]
 };
 
-// Activations between the caller's layout and the kernels': [vectors][batch][lanes], where vector v holds the columns
+// Activations from the caller's layout to the kernels': [vectors][batch][lanes], where vector v holds the columns
 // v * lanes - shift onwards, zero outside, in the type that is computed in.
 struct Pack {
   int64_t batch, columns, shift, vectors;
   Type type;           // of rows
   bool wide;           // computed in double
-  void* rows;          // [batch, columns]
+  const void* rows;    // [batch, columns]
   void* packed;
 };
 
@@ -118,9 +118,10 @@ struct LinearBackward {
   Posterior weight;
   int divergence;
   int64_t samples, batch;
-  const void* x;       // packed
-  const void* grad_y;  // [rows, samples * batch] in the type computed in
-  void* grad_x;        // packed, or null
+  Type type;           // of x and grad_x
+  const void* x;       // [samples * batch, columns]
+  const void* grad_y;  // [samples * batch, rows] in the type computed in
+  void* grad_x;        // [samples * batch, columns] or null
   KlGradient grad_kl;
   void* grad_mu;
   void* grad_rho;

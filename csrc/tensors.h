@@ -53,8 +53,19 @@ template <class... Args> Tensor aten(const char* name, const char* overload, con
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
+// Contiguous, on like's device. Without new_empty's way through the dispatcher, which a small layer would feel.
 inline Tensor empty_of(const Tensor& like, const Shape& shape, ScalarType dtype) {
-  return torch::stable::new_empty(like, shape, dtype);
+  Shape strides(shape.size());
+  int64_t step = 1;
+  for (size_t d = shape.size(); d-- > 0; step *= shape[d] > 0 ? shape[d] : 1) strides[d] = step;
+  int32_t device_type, device_index;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type, device_index, &handle));
+  return Tensor(handle);
 }
 
 // The stable ABI passes Scalar arguments to few operators; subtract is one, add is not.
@@ -64,7 +75,7 @@ inline Tensor add(const Tensor& a, const Tensor& b) { return torch::stable::subt
 inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
 inline Tensor reshaped(const Tensor& t, const Shape& shape) {
-  return shape_of(t) == shape ? t : aten("aten::reshape", "", t, shape);
+  return t.sizes() == shape ? t : aten("aten::reshape", "", t, shape);
 }
 
 // For tensors that go on into ATen: detached, so that no gradient is recorded there.
@@ -92,7 +103,7 @@ inline bool on_device_of(const Tensor& a, const Tensor& b) {
 }
 
 inline void check_like(const Tensor& t, const char* name, const Tensor& like, const char* like_name) {
-  STD_TORCH_CHECK(shape_of(t) == shape_of(like), name, " has shape ", describe(shape_of(t)), ", expected that of ", like_name,
+  STD_TORCH_CHECK(t.sizes() == like.sizes(), name, " has shape ", describe(shape_of(t)), ", expected that of ", like_name,
                   ": ", describe(shape_of(like)));
   STD_TORCH_CHECK(t.scalar_type() == like.scalar_type(), name, " and ", like_name, " have different dtypes");
   STD_TORCH_CHECK(on_device_of(t, like), name, " and ", like_name, " are on different devices");
@@ -159,7 +170,7 @@ inline void check_divergence(int64_t divergence) {
 }
 
 inline void check_gradient(const Tensor& grad, const char* name, const Shape& shape, ScalarType dtype, const Tensor& mu) {
-  STD_TORCH_CHECK(shape_of(grad) == shape, name, " has shape ", describe(shape_of(grad)), ", expected ", describe(shape));
+  STD_TORCH_CHECK(grad.sizes() == shape, name, " has shape ", describe(shape_of(grad)), ", expected ", describe(shape));
   STD_TORCH_CHECK(grad.scalar_type() == dtype, name, " has dtype number ", static_cast<int>(grad.scalar_type()),
                   ", expected that of the result it belongs to: number ", static_cast<int>(dtype));
   STD_TORCH_CHECK(on_device_of(grad, mu), name, " and mu are on different devices");

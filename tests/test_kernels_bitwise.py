@@ -9,7 +9,16 @@ from glob import glob
 
 import pytest
 import torch
-from kernels import KEY, OPS, one_thread, posterior, random, raw_linear, raw_sample  # noqa: F401
+from kernels import (  # noqa: F401
+    KEY,
+    OPS,
+    make_prior,
+    one_thread,
+    posterior,
+    random,
+    raw_linear,
+    raw_sample,
+)
 
 from bnn_fast import Normal, build_info
 
@@ -65,6 +74,37 @@ def test_results_do_not_depend_on_the_number_of_threads_or_on_repetition(regime)
         torch.set_num_threads(threads)
         for got, first in zip(everything(regime), expected, strict=True):
             assert torch.equal(got, first), threads
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64, torch.bfloat16))
+@pytest.mark.parametrize("offset", (0, 5, 8))
+@pytest.mark.parametrize("columns", (1, 3, 4, 20, 63, 64, 65, 127, 128, 129))
+def test_short_rows_have_the_bits_that_each_has_alone_bit_for_bit(columns, offset, dtype):
+    rows, n_samples = 11, 2
+    mu, rho = posterior(rows, columns, dtype=dtype)
+    rho[3, 0] = -torch.inf
+    grad_w = random(n_samples, rows, columns, dtype=dtype)
+    prior = make_prior(True, rows, columns, dtype=dtype)
+
+    def results(of: slice):
+        here = Normal(prior.loc[of], prior.scale[of])
+        (w, _), gradients = raw_sample(
+            mu[of],
+            rho[of],
+            prior=here,
+            scale="softplus",
+            kl="sampled",
+            n_samples=n_samples,
+            grad_w=grad_w[:, of].contiguous(),
+            grad_kl=torch.tensor(0.5, dtype=torch.promote_types(dtype, torch.float32)),
+            offsets=(of.start, offset),
+        )
+        elements = OPS._kl_normal(mu[of], rho[of], here.loc, here.scale, 0.0, 1.0, 0, False)
+        return [*w.unbind(), *gradients, elements]
+
+    for row in range(rows):
+        for together, alone in zip(results(slice(0, rows)), results(slice(row, row + 1)), strict=True):
+            assert torch.equal(together[row : row + 1], alone), row
 
 
 DIGEST = """

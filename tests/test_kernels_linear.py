@@ -92,7 +92,7 @@ def test_linear_awkward_shapes(outputs, inputs, n_samples):
 @pytest.mark.parametrize("n_samples", [1, 3])
 @pytest.mark.parametrize(
     "outputs, inputs",
-    [(1, 20), (20, 1), (7, 8), (8, 7), (15, 17), (16, 16), (33, 9), (9, 33), (48, 20), (64, 64), (65, 64), (64, 65)],
+    [(1, 16), (1, 20), (1, 33), (1, 64), (17, 1), (20, 1), (7, 8), (8, 7), (15, 17), (16, 16), (33, 9), (9, 33), (48, 20), (64, 64), (65, 64), (64, 65)],
 )
 def test_linear_narrow_shapes(outputs, inputs, n_samples):
     """Around whole vectors of outputs and inputs; batches around whole blocks of rows, sums and tasks."""
@@ -119,6 +119,21 @@ def test_linear_takes_nothing_from_beyond_its_rows(outputs, inputs):
         again = raw_linear(x, mu, rho, None, None, KEY, **options, grad_y=grad_y)
         for a, b in zip((y, *gradients), (again[0], *again[2])):
             assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("outputs, inputs", [(1, 20), (1, 33), (20, 1), (20, 20)])
+def test_linear_keeps_an_infinity_in_its_row(outputs, inputs):
+    """Where vectors overlap, no element may count twice or meet a zero: inf * 0 is NaN."""
+    options = dict(prior=Normal(), bias_prior=Normal(), scale="softplus", kl="analytic", n_samples=1)
+    options |= dict(row_offset=0, column_offset=0, grad_kl=torch.tensor(1.0))
+    mu, rho = posterior(outputs, inputs)
+    for row, place in itertools.product((0, 4, 8), range(max(inputs, outputs))):
+        x, grad_y = random(9, inputs, seed=2), random(9, outputs, seed=7)
+        x[row, place % inputs] = grad_y[row, place % outputs] = math.inf
+        y, _, (grad_x, *_) = raw_linear(x, mu, rho, None, None, KEY, **options, grad_y=grad_y)
+        for result in (y, grad_x):
+            assert result[row].isinf().all()
+            assert result.isfinite().sum() == result.numel() - result.shape[1]
 
 
 @pytest.mark.parametrize("outputs, inputs", [(8192, 32), (4, 65536)])

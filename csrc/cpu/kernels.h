@@ -13,7 +13,6 @@ struct CpuKernels {
   void (*sample_backward)(const SampleBackward&, int64_t begin, int64_t end);  // tasks: Tasks(posterior)
   void (*kl_elements)(const KlElements&, int64_t begin, int64_t end);          // tasks: Tasks(posterior)
   void (*pack)(const Pack&, int64_t begin, int64_t end);                       // tasks: vectors
-  void (*unpack)(const Pack&, int64_t begin, int64_t end);                     // tasks: batch rows
   void (*linear_forward)(const LinearForward&, int64_t begin, int64_t end);    // tasks: blocks of kRowBlock outputs
   void (*linear_backward)(const LinearBackward&, int64_t begin, int64_t end);  // tasks: blocks of column_block inputs
   // Null where there are no vectors.

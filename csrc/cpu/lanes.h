@@ -90,8 +90,8 @@ BNN_FN u64x8 multiply_low32(u64x8 a, u64x8 b) {
 #endif
 
 template <class V> BNN_FN EvenOdd<V> operator^(EvenOdd<V> a, EvenOdd<V> b) { return {a.even ^ b.even, a.odd ^ b.odd}; }
-template <class V> BNN_FN EvenOdd<V> operator^(EvenOdd<V> a, uint32_t b) {
-  V key = V{} + uint64_t(b);
+template <class V> BNN_FN EvenOdd<V> operator^(EvenOdd<V> a, uint64_t b) {
+  V key = V{} + b;
   return {a.even ^ key, a.odd ^ key};
 }
 
@@ -185,6 +185,18 @@ BNN_FN float sum_lanes(f32x16 x) {
   return sum_lanes(h.low + h.high);
 }
 #endif
+
+// sums[r] = the sum of e[r]'s lanes. Overwrites e.
+template <class F> BNN_FN void sum_lanes4(F (&e)[4], typename Lane<F>::Scalar (&sums)[4]) {
+  constexpr int W = Lane<F>::width;
+  transpose4<F>(e);  // inside each block of four lanes
+  typename Lane<F>::Scalar blocks[W];
+  store<F>(blocks, (e[0] + e[1]) + (e[2] + e[3]));
+  for (int r = 0; r < 4; ++r) {
+    sums[r] = blocks[r];
+    for (int i = r + 4; i < W; i += 4) sums[r] += blocks[i];
+  }
+}
 
 // A sum in a fixed order: scalars in double, vectors compensated lane by lane (Kahan, "Further remarks on reducing
 // truncation errors", 1965), which is cheaper than widening them.

@@ -8,7 +8,8 @@
 // dx, forms the dW tile and writes dmu and drho; each dx is summed in output order, kOutputsPerSum at a time.
 //
 // Activations are packed [vector of inputs][batch][lanes] (problem.h): the loops read them in order, and no two rows of
-// a batch fall on the same cache set.
+// a batch fall on the same cache set. Forward packs all of x once; backward each task the inputs that it owns, and as
+// many outputs of the gradient as a cache line holds.
 #pragma once
 
 #include <memory>
@@ -121,7 +122,10 @@ template <class F> inline void linear_forward(const LinearForward& problem, int6
   }
 }
 
-// grad_weight[r] = sum_b g[r][b] x[b] and grad_x[b] += sum_r g[r][b] w[r] over a span.
+constexpr int64_t kGradientOutputs = 16;  // of grad_y at a time
+constexpr int64_t kOutputsPerSum = 128;   // of dx, summed by themselves first
+
+// grad_weight[r] = sum_b g[b][r] x[b] and grad_x[b] += sum_r g[b][r] w[r] over a span; g has rows of kGradientOutputs.
 template <class F, int R, bool with_x>
 BNN_FN void outer_tile(const ScalarOf<F>* w, const ScalarOf<F>* g, const ScalarOf<F>* x, ScalarOf<F>* grad_x, int64_t stride,
                        int64_t batch, int vectors, ScalarOf<F>* grad_weight) {
@@ -136,7 +140,7 @@ BNN_FN void outer_tile(const ScalarOf<F>* w, const ScalarOf<F>* g, const ScalarO
       F input = load<F>(x + b * W), back;
       if (with_x) back = load<F>(grad_x + b * W);
       for (int r = 0; r < R; ++r) {
-        F gradient = splat<F>(g[r * stride + b]);
+        F gradient = splat<F>(g[b * kGradientOutputs + r]);
         sum[r] = fma_lane(gradient, input, sum[r]);
         if (with_x) back = fma_lane(gradient, row[r], back);
       }
@@ -156,87 +160,101 @@ BNN_FN void prefetch_span(const Posterior& p, const Span& span, int64_t rows_ahe
   }
 }
 
-// grad_x points at the first vector of the task's columns [begin, end), or is null.
+// x and grad_x (or null) hold the task's columns [begin, end), g the gradient of the outputs from `row` on.
 template <class F, int R>
-inline void backward_rows(const LinearBackward& problem, int64_t row, int64_t begin, int64_t end, ScalarOf<F>* grad_x,
-                          GradientSpan<F>* gradient) {
+inline void backward_rows(const LinearBackward& problem, int64_t row, int64_t begin, int64_t end, const ScalarOf<F>* g,
+                          const ScalarOf<F>* x, ScalarOf<F>* grad_x, GradientSpan<F>* gradient) {
   using S = ScalarOf<F>;
   constexpr int W = Lane<F>::width;
   const Posterior& p = problem.weight;
   int64_t all = problem.samples * problem.batch;
   alignas(64) S weight[R * kTile], eps[R * kTile], grad_weight[R * kTile], by_mu[R * kTile], by_sigma[R * kTile];
   Span spans[R];
+  DrawSpan<F> draws[R];
   for (int r = 0; r < R; ++r) {
+    int at = r * kTile;
+    draws[r] = {eps + at, weight + at, grad_weight + at, by_mu + at, by_sigma + at};
     spans[r] = span_at(p, row + r, begin, end);
     gradient[r].move_to(spans[r]);
     prefetch_span(p, spans[r], R);
   }
   for (int64_t s = 0; s < problem.samples; ++s) {
-    for (int r = 0; r < R; ++r) gradient[r].draw(spans[r], s, eps + r * kTile, weight + r * kTile);
-    const S* g = static_cast<const S*>(problem.grad_y) + row * all + s * problem.batch;
-    const S* x = static_cast<const S*>(problem.x) + begin * all + s * problem.batch * W;
+    for (int r = 0; r < R; ++r) gradient[r].draw(spans[r], s, draws[r]);
+    int64_t first = s * problem.batch;
     int vectors = spans[0].width / W;
+    const S *g_s = g + first * kGradientOutputs, *x_s = x + first * W;
     if (grad_x) {
-      outer_tile<F, R, true>(weight, g, x, grad_x + s * problem.batch * W, all, problem.batch, vectors, grad_weight);
+      outer_tile<F, R, true>(weight, g_s, x_s, grad_x + first * W, all, problem.batch, vectors, grad_weight);
     } else {
-      outer_tile<F, R, false>(weight, g, x, nullptr, all, problem.batch, vectors, grad_weight);
+      outer_tile<F, R, false>(weight, g_s, x_s, nullptr, all, problem.batch, vectors, grad_weight);
     }
-    for (int r = 0; r < R; ++r)
-      gradient[r].accumulate(spans[r], s, grad_weight + r * kTile, eps + r * kTile, weight + r * kTile, by_mu + r * kTile,
-                             by_sigma + r * kTile);
+    for (int r = 0; r < R; ++r) gradient[r].accumulate(spans[r], s, draws[r]);
   }
-  for (int r = 0; r < R; ++r)
-    gradient[r].finish(spans[r], by_mu + r * kTile, by_sigma + r * kTile, problem.grad_mu, problem.grad_rho);
+  for (int r = 0; r < R; ++r) gradient[r].finish(spans[r], draws[r], problem.grad_mu, problem.grad_rho);
 }
 
-constexpr int64_t kOutputsPerSum = 128;
+// packed[v][b] = rows[b][v * W - shift ...] for the columns [begin, end), of vectors; rows are [batch, columns].
+template <class F>
+inline void pack(const void* rows, Type type, int64_t batch, int64_t columns, int64_t shift, int64_t begin, int64_t end,
+                 ScalarOf<F>* packed) {
+  constexpr int W = Lane<F>::width;
+  for (int64_t c = begin; c < end; c += W)
+    for (int64_t b = 0; b < batch; ++b, packed += W) {
+      const ScalarOf<F>* values = load_span<F>(rows, type, columns, Span{b, c - shift, W, 0}, 0, packed);
+      if (values != packed) memcpy(packed, values, sizeof(ScalarOf<F>) * W);
+    }
+}
+
+template <class F>
+inline void unpack(const ScalarOf<F>* packed, Type type, int64_t batch, int64_t columns, int64_t shift, int64_t begin,
+                   int64_t end, void* rows) {
+  constexpr int W = Lane<F>::width;
+  for (int64_t b = 0; b < batch; ++b)
+    for (int64_t c = begin; c < end; c += W)
+      store_span<F>(rows, type, columns, Span{b, c - shift, W, 0}, packed + (c - begin) * batch + b * W);
+}
 
 template <class F> inline void linear_backward(const LinearBackward& problem, int64_t task_begin, int64_t task_end) {
   using S = ScalarOf<F>;
   const Posterior& p = problem.weight;
   int64_t padded = padded_columns<F>(p), block = column_block(p.columns), all = problem.samples * problem.batch;
+  int64_t shift = column_shift(p);
   auto gradient = [&] { return GradientSpan<F>(p, problem.divergence, problem.samples, problem.grad_kl); };
   GradientSpan<F> gradients[kRowBlock] = {gradient(), gradient(), gradient(), gradient()};
-  auto partial = aligned_array<S>(problem.grad_x ? block * all : 0);
+  auto x = aligned_array<S>(block * all), g = aligned_array<S>(kGradientOutputs * all);
+  auto total = aligned_array<S>(problem.grad_x ? block * all : 0), part = aligned_array<S>(problem.grad_x ? block * all : 0);
   for (int64_t t = task_begin; t < task_end; ++t) {
     int64_t begin = t * block, end = begin + block < padded ? begin + block : padded;
     int64_t size = problem.grad_x ? (end - begin) * all : 0;
-    S* total = problem.grad_x ? static_cast<S*>(problem.grad_x) + begin * all : nullptr;
-    S* part = problem.grad_x ? partial.get() : nullptr;
-    for (int64_t i = 0; i < size; ++i) total[i] = 0;
+    S* sums = problem.grad_x ? part.get() : nullptr;
+    pack<F>(problem.x, problem.type, all, p.columns, shift, begin, end, x.get());
+    for (int64_t i = 0; i < size; ++i) total[i] = sums[i] = 0;
     for (int64_t row = 0; row < p.rows;) {
-      int64_t stop = row + kOutputsPerSum < p.rows ? row + kOutputsPerSum : p.rows;
-      for (int64_t i = 0; i < size; ++i) part[i] = 0;
-      for (; row + kRowBlock <= stop; row += kRowBlock) backward_rows<F, kRowBlock>(problem, row, begin, end, part, gradients);
-      for (; row < stop; ++row) backward_rows<F, 1>(problem, row, begin, end, part, gradients);
-      for (int64_t i = 0; i < size; ++i) total[i] += part[i];
+      int64_t first = row, stop = row + kGradientOutputs < p.rows ? row + kGradientOutputs : p.rows;
+      for (int64_t b = 0; b < all; ++b)
+        memcpy(g.get() + b * kGradientOutputs, static_cast<const S*>(problem.grad_y) + b * p.rows + row,
+               sizeof(S) * static_cast<size_t>(stop - row));
+      auto rows = [&]<int R>() {
+        backward_rows<F, R>(problem, row, begin, end, g.get() + (row - first), x.get(), sums, gradients);
+        row += R;
+      };
+      while (row + kRowBlock <= stop) rows.template operator()<kRowBlock>();
+      while (row < stop) rows.template operator()<1>();
+      if (row % kOutputsPerSum != 0 && row < p.rows) continue;
+      for (int64_t i = 0; i < size; ++i) {
+        total[i] += sums[i];
+        sums[i] = 0;
+      }
     }
+    if (problem.grad_x) unpack<F>(total.get(), problem.type, all, p.columns, shift, begin, end, problem.grad_x);
   }
 }
 
-// Tasks are vectors: packed[v][b] = rows[b][v * W - shift ...].
-template <class F> inline void pack(const Pack& problem, int64_t begin, int64_t end) {
-  using S = ScalarOf<F>;
+// Tasks are vectors.
+template <class F> inline void pack_vectors(const Pack& problem, int64_t begin, int64_t end) {
   constexpr int W = Lane<F>::width;
-  for (int64_t v = begin; v < end; ++v)
-    for (int64_t b = 0; b < problem.batch; ++b) {
-      Span span{b, v * W - problem.shift, W, 0};
-      S* packed = static_cast<S*>(problem.packed) + (v * problem.batch + b) * W;
-      const S* values = load_span<F>(problem.rows, problem.type, problem.columns, span, 0, packed);
-      if (values != packed) memcpy(packed, values, sizeof(S) * W);
-    }
-}
-
-// Tasks are batch rows.
-template <class F> inline void unpack(const Pack& problem, int64_t begin, int64_t end) {
-  using S = ScalarOf<F>;
-  constexpr int W = Lane<F>::width;
-  for (int64_t b = begin; b < end; ++b)
-    for (int64_t v = 0; v < problem.vectors; ++v) {
-      Span span{b, v * W - problem.shift, W, 0};
-      store_span<F>(problem.rows, problem.type, problem.columns, span,
-                    static_cast<const S*>(problem.packed) + (v * problem.batch + b) * W);
-    }
+  pack<F>(problem.rows, problem.type, problem.batch, problem.columns, problem.shift, begin * W, end * W,
+          static_cast<ScalarOf<F>*>(problem.packed) + begin * W * problem.batch);
 }
 
 BNN_FAST_END

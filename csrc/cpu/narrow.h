@@ -4,9 +4,10 @@
 //   forward    y_s[b] = bias_s + sum_i x_s[b, i] w_s[:, i]
 //   backward   dx_s[b] = sum_o g_s[b, o] w_s[o, :],   dW_s[:, i] = sum_b x_s[b, i] g_s[b],   dbias_s = sum_b g_s[b]
 //
-// Two products serve both: add_rows (y and dx) and outer_rows (dW and dbias). Of the vectors that a row of n is cut into, the
-// last ends with the row and so overlaps the one before it. A row shorter than a vector is read and written beyond its
-// end: what is read there is not used, and what is written there the rows that follow write over.
+// Two products serve both: add_rows (y and dx) and outer_rows (dW), with vectors along the rows of the result. Of the vectors
+// that a row of n is cut into, the last ends with the row and so overlaps the one before it. A row shorter than a vector is
+// read and written beyond its end: what is read there is not used, and what is written there the rows that follow write
+// over. Where a result has one column, vectors run along the sum instead (dot_rows), and dW is formed as its transpose.
 #pragma once
 
 #include "span.h"
@@ -55,11 +56,47 @@ BNN_FN void add_rows_at(int64_t vector, const ScalarOf<F>* a, int64_t depth, con
     for (int v = 0; v < V; ++v) store<F>(y + b * n + at[v], sum[b][v]);
 }
 
+// B rows of dot_rows.
+template <class F, int B>
+BNN_FN void dot_rows_at(const ScalarOf<F>* a, int64_t depth, const ScalarOf<F>* m, ScalarOf<F> init, ScalarOf<F>* y) {
+  constexpr int W = Lane<F>::width;
+  F sum[B];
+  for (int b = 0; b < B; ++b) sum[b] = splat<F>(0);
+  int64_t k = 0;
+  for (; k + W <= depth; k += W)
+    for (int b = 0; b < B; ++b) sum[b] = fma_lane(load<F>(a + b * depth + k), load<F>(m + k), sum[b]);
+  if (k < depth) {
+    constexpr int32_t lanes[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    typename Lane<F>::Int lane;
+    memcpy(&lane, lanes, sizeof lane);
+    int64_t last = depth - W;
+    auto counted = lane < static_cast<int32_t>(k - last);  // by the vector before
+    F zero = splat<F>(0);
+    for (int b = 0; b < B; ++b)
+      sum[b] = fma_lane(select(counted, zero, load<F>(a + b * depth + last)), load<F>(m + last), sum[b]);
+  }
+  ScalarOf<F> sums[B];
+  if constexpr (B == 4)
+    sum_lanes4<F>(sum, sums);
+  else
+    for (int b = 0; b < B; ++b) sums[b] = sum_lanes(sum[b]);
+  for (int b = 0; b < B; ++b) y[b] = init + sums[b];
+}
+
+// y[b] = init + a[b] . m, where a's rows are not shorter than a vector.
+template <class F>
+inline void dot_rows(const ScalarOf<F>* a, int64_t rows, int64_t depth, const ScalarOf<F>* m, ScalarOf<F> init, ScalarOf<F>* y) {
+  int64_t b = 0;
+  for (; b + 4 <= rows; b += 4) dot_rows_at<F, 4>(a + b * depth, depth, m, init, y + b);
+  for (; b < rows; ++b) dot_rows_at<F, 1>(a + b * depth, depth, m, init, y + b);
+}
+
 // y[b] = init + sum_k a[b, k] m[k], m of [depth, n]. m and init are readable a vector beyond their end.
 template <class F>
 inline void add_rows(const ScalarOf<F>* a, int64_t rows, int64_t depth, const ScalarOf<F>* m, const ScalarOf<F>* init, int64_t n,
                      ScalarOf<F>* y) {
   constexpr int W = Lane<F>::width, B = W == 16 ? 8 : 4;  // with two vectors each, the sums stay in registers
+  if (n == 1 && depth >= W) return dot_rows<F>(a, rows, depth, m, init ? *init : 0, y);
   ScalarOf<F> last_rows[B * W];
   int64_t b = 0;
   auto block = [&]<int R>() {
@@ -95,7 +132,7 @@ BNN_FN void outer_rows_at(int64_t vector, const ScalarOf<F>* a, int64_t depth, c
     for (int v = 0; v < V; ++v) out[r * vectors + vector + v] += sum[r][v];
 }
 
-// out[k] += sum_b a[b, k] c[b], c of [rows, n] and readable a vector beyond its end; out[depth] += sum_b c[b].
+// out[k] += sum_b a[b, k] c[b], c of [rows, n] and readable a vector beyond its end.
 template <class F>
 inline void outer_rows(const ScalarOf<F>* a, int64_t rows, int64_t depth, const ScalarOf<F>* c, int64_t n, F* out) {
   constexpr int R = Lane<F>::width == 16 ? 8 : 4;
@@ -107,15 +144,26 @@ inline void outer_rows(const ScalarOf<F>* a, int64_t rows, int64_t depth, const 
   while (k + R <= depth) block.template operator()<R>();
   if (k + R / 2 <= depth) block.template operator()<R / 2>();
   while (k < depth) block.template operator()<1>();
-  for (int64_t v = 0; v < vectors; ++v) {
+}
+
+// out += sum_b c[b]
+template <class F> inline void sum_rows(int64_t rows, const ScalarOf<F>* c, int64_t n, F* out) {
+  for (int64_t v = 0; v < vectors_of<F>(n); ++v) {
     const ScalarOf<F>* column = c + column_of<F>(v, n);
     F sum[4] = {};  // chains of additions that do not wait for each other
     int64_t b = 0;
     for (; b + 4 <= rows; b += 4)
       for (int j = 0; j < 4; ++j) sum[j] += load<F>(column + (b + j) * n);
     for (; b < rows; ++b) sum[0] += load<F>(column + b * n);
-    out[depth * vectors + v] += (sum[0] + sum[1]) + (sum[2] + sum[3]);
+    out[v] += (sum[0] + sum[1]) + (sum[2] + sum[3]);
   }
+}
+
+// A row of n from its vectors.
+template <class F> inline void write_row(const F* vectors, int64_t n, ScalarOf<F>* row) {
+  constexpr int W = Lane<F>::width;
+  for (int64_t v = 0; v < vectors_of<F>(n); ++v)
+    memcpy(row + column_of<F>(v, n), vectors + v, sizeof(ScalarOf<F>) * static_cast<size_t>(n < W ? n : W));
 }
 
 template <class F> inline void narrow_forward(const NarrowForward& problem, int64_t task_begin, int64_t task_end) {
@@ -138,12 +186,14 @@ template <class F> inline void narrow_forward(const NarrowForward& problem, int6
 template <class F> inline void narrow_backward(const NarrowBackward& problem, int64_t task_begin, int64_t task_end) {
   constexpr int W = Lane<F>::width;
   NarrowTasks tasks(problem.samples, problem.batch);
-  int64_t in = problem.inputs, out = problem.outputs, vectors = vectors_of<F>(out), all = problem.samples * problem.batch;
+  int64_t in = problem.inputs, out = problem.outputs, all = problem.samples * problem.batch;
+  bool transposed = out == 1 && in >= W;
+  int64_t depth = transposed ? 1 : in, n = transposed ? in : out, vectors = vectors_of<F>(n);
   F sums[(kNarrow + 1) * kNarrow / W];
   float last_rows[kRowsPerSum * W + W];
   for (int64_t t = task_begin; t < task_end; ++t) {
     const float* weight = problem.weight ? problem.weight + t / tasks.per_sample * out * in : nullptr;
-    for (int64_t i = 0; i < (in + 1) * vectors; ++i) sums[i] = splat<F>(0);
+    for (int64_t i = 0; i < depth * vectors + vectors_of<F>(out); ++i) sums[i] = splat<F>(0);
     int64_t end = tasks.end_row(t);
     for (int64_t b = tasks.first_row(t); b < end; b += kRowsPerSum) {
       int64_t rows = b + kRowsPerSum < end ? kRowsPerSum : end - b;
@@ -153,13 +203,12 @@ template <class F> inline void narrow_backward(const NarrowBackward& problem, in
         memcpy(last_rows, g, sizeof(float) * static_cast<size_t>(rows * out));
         g = last_rows;
       }
-      outer_rows<F>(x, rows, in, g, out, sums);
+      outer_rows<F>(transposed ? g : x, rows, depth, transposed ? x : g, n, sums);
+      sum_rows<F>(rows, g, out, sums + depth * vectors);
     }
     float* partial = problem.partial + t * (in + 1) * out;
-    for (int64_t k = 0; k <= in; ++k)
-      for (int64_t v = 0; v < vectors; ++v)
-        memcpy(partial + k * out + column_of<F>(v, out), &sums[k * vectors + v],
-               sizeof(float) * static_cast<size_t>(out < W ? out : W));
+    for (int64_t k = 0; k < depth; ++k) write_row(sums + k * vectors, n, partial + k * n);
+    write_row(sums + depth * vectors, out, partial + in * out);
   }
 }
 

@@ -66,6 +66,14 @@ template <class F, class Body> inline void for_spans(const Posterior& p, int64_t
   int64_t begin = t % tasks.across * tasks.columns_per_task;
   int64_t end = padded_columns<F>(p);
   if (tasks.across > 1 && begin + tasks.columns_per_task < end) end = begin + tasks.columns_per_task;
+  if (0 < row_pitch(p) && 2 * row_pitch(p) <= kTile) {
+    for (int64_t row = row_begin; row < row_end;) {
+      Span span = span_of_rows<F>(p, row, row_end);
+      body(span);
+      row += span.rows;
+    }
+    return;
+  }
   for (int64_t row = row_begin; row < row_end; ++row)
     for (int64_t column = begin; column < end; column += kTile) body(span_at(p, row, column, end));
 }
@@ -119,6 +127,15 @@ template <class F> inline void kl_elements(const KlElements& problem, int64_t ta
     });
 }
 
+// Scratch of one draw over a span, and of the sums over several.
+template <class F> struct DrawSpan {
+  ScalarOf<F>* eps;
+  ScalarOf<F>* weight;             // null where nobody asks for it: the sampled divergence does
+  const ScalarOf<F>* grad_weight;  // null: no gradient came through the weights
+  ScalarOf<F>* by_mu;              // sums over more draws than one
+  ScalarOf<F>* by_sigma;
+};
+
 // What the backward needs of a span: w = mu + sigma eps drawn again, and the two gradients put together from
 // the gradients by the weights.
 template <class F> struct GradientSpan {
@@ -132,106 +149,122 @@ template <class F> struct GradientSpan {
   PriorSpan<F> prior;
   SpanNoise noise;
   const S *mu, *rho;
-  Tile<F> sigma, d_sigma, kl_mu, kl_rho;
+  Tile<F> sigma, d_sigma, kl_rho;
 
   GradientSpan(const Posterior& p, int divergence, int64_t samples, const KlGradient& grad_kl)
       : p(p), divergence(grad_kl.data ? divergence : int(kNone)), samples(samples), grad_kl(grad_kl), prior(p.prior), noise(p) {
     if (grad_kl.data && !grad_kl.elementwise) {
       S value;
       convert_from(grad_kl.data, grad_kl.type, 0, 1, &value);
-      for (int i = 0; i < kTile; ++i) factor[i] = value;
+      for (int i = 0; i < kTile; ++i) factor_scratch[i] = value;
     }
   }
 
-  // sigma, sigma' and the KL's own part of both gradients.
+  // sigma, sigma' and the KL's own part of the gradient by rho.
   void move_to(const Span& span) {
     mu = load_span<F>(p.mu, p.type, p.columns, span, 0, mu_scratch);
     rho = load_span<F>(p.rho, p.type, p.columns, span, -INFINITY, rho_scratch);
     if (divergence != kNone) prior.move_to(p, span);
-    const S* k = factor;
-    Tile<F> scratch;
-    if (grad_kl.data && grad_kl.elementwise) k = load_span<F>(grad_kl.data, grad_kl.type, p.columns, span, 0, scratch);
+    factor = factor_scratch;
+    if (grad_kl.data && grad_kl.elementwise)
+      factor = load_span<F>(grad_kl.data, grad_kl.type, p.columns, span, 0, factor_scratch);
     with_scale(p.scale, [&]<int scale>() {
       for (int i = 0; i < span.width; i += W) {
         Spread<F> s = spread<scale>(load<F>(rho + i));
         store<F>(sigma + i, s.sigma);
         store<F>(d_sigma + i, s.d_sigma);
-        if (divergence == kAnalytic) {
-          PriorAt<F> at = prior.at(i);
-          store<F>(kl_mu + i, load<F>(k + i) * kl_by_location(load<F>(mu + i), at));
-          store<F>(kl_rho + i, load<F>(k + i) * kl_by_rho(s, at));
-        } else if (divergence == kSampled) {
-          store<F>(kl_mu + i, splat<F>(0));
-          store<F>(kl_rho + i, -(load<F>(k + i) * s.d_log_sigma));
-        }
+        if (divergence == kAnalytic)
+          store<F>(kl_rho + i, load<F>(factor + i) * kl_by_rho(s, prior.at(i)));
+        else if (divergence == kSampled)
+          store<F>(kl_rho + i, -(load<F>(factor + i) * s.d_log_sigma));
       }
     });
   }
 
   // One draw: its noise and its weights.
-  void draw(const Span& span, int64_t sample, S* eps, S* weight) const {
+  void draw(const Span& span, int64_t sample, const DrawSpan<F>& to) const {
+    S *eps = to.eps, *weight = to.weight;
     noise.draw<F>(span, sample, [&](int i, F e) __attribute__((always_inline)) {
       store<F>(eps + i, e);
-      store<F>(weight + i, fma_lane(load<F>(sigma.data + i), e, load<F>(mu + i)));
+      if (weight) store<F>(weight + i, fma_lane(load<F>(sigma.data + i), e, load<F>(mu + i)));
     });
   }
 
-  // by_mu = sum_s dW_s and by_sigma = sum_s dW_s eps_s, with the sampled KL's gradient by w added to dW.
-  void accumulate(const Span& span, int64_t sample, const S* grad_weight, const S* eps, const S* weight, S* by_mu,
-                  S* by_sigma) {
-    F share = splat<F>(S(1) / static_cast<S>(samples));
+  // Of several draws: adds to by_mu = sum_s dW_s and by_sigma = sum_s dW_s eps_s.
+  void accumulate(const Span& span, int64_t sample, const DrawSpan<F>& of) {
+    if (samples == 1) return;
     for (int i = 0; i < span.width; i += W) {
-      F g = grad_weight ? load<F>(grad_weight + i) : splat<F>(0);
-      if (divergence == kSampled)
-        g += load<F>(factor + i) * share * kl_by_location(load<F>(weight + i), prior.at(i));
-      F g_eps = g * load<F>(eps + i);
-      store<F>(by_mu + i, sample ? load<F>(by_mu + i) + g : g);
-      store<F>(by_sigma + i, sample ? load<F>(by_sigma + i) + g_eps : g_eps);
+      F g = by_weight(i, of), g_eps = g * load<F>(of.eps + i);
+      store<F>(of.by_mu + i, sample ? load<F>(of.by_mu + i) + g : g);
+      store<F>(of.by_sigma + i, sample ? load<F>(of.by_sigma + i) + g_eps : g_eps);
     }
   }
 
-  // Puts the gradients together and writes them. by_mu and by_sigma are null where only the KL has a gradient.
-  void finish(const Span& span, const S* by_mu, const S* by_sigma, void* grad_mu, void* grad_rho) {
+  // Puts the gradients together and writes them.
+  void finish(const Span& span, const DrawSpan<F>& of, void* grad_mu, void* grad_rho) {
     Tile<F> mu_out, rho_out;
     SpanOutput<F> d_mu(grad_mu, p.type, p.columns, span, mu_out), d_rho(grad_rho, p.type, p.columns, span, rho_out);
-    for (int i = 0; i < span.width; i += W) {
-      auto pruned = is_pruned(load<F>(rho + i));
-      F m = by_mu ? load<F>(by_mu + i) : splat<F>(0);
-      F r = by_sigma ? load<F>(by_sigma + i) * load<F>(d_sigma + i) : splat<F>(0);
-      if (divergence != kNone) {
-        m += load<F>(kl_mu + i);
-        r += load<F>(kl_rho + i);
+    auto write = [&](auto by_mu_and_sigma) __attribute__((always_inline)) {
+      for (int i = 0; i < span.width; i += W) {
+        F m, r;
+        by_mu_and_sigma(i, m, r);
+        r *= load<F>(d_sigma + i);
+        if (divergence == kAnalytic) m += load<F>(factor + i) * kl_by_location(load<F>(mu + i), prior.at(i));
+        if (divergence != kNone) r += load<F>(kl_rho + i);
+        auto pruned = is_pruned(load<F>(rho + i));
+        store<F>(d_mu.target + i, select(pruned, splat<F>(0), m));
+        store<F>(d_rho.target + i, select(pruned, splat<F>(0), r));
       }
-      store<F>(d_mu.target + i, select(pruned, splat<F>(0), m));
-      store<F>(d_rho.target + i, select(pruned, splat<F>(0), r));
-    }
+    };
+    if (!through_weights(of))
+      write([](int, F& m, F& r) { m = r = splat<F>(0); });
+    else if (samples == 1)
+      write([&](int i, F& m, F& r) __attribute__((always_inline)) {
+        m = by_weight(i, of);
+        r = m * load<F>(of.eps + i);
+      });
+    else
+      write([&](int i, F& m, F& r) __attribute__((always_inline)) {
+        m = load<F>(of.by_mu + i);
+        r = load<F>(of.by_sigma + i);
+      });
     d_mu.finish();
     d_rho.finish();
   }
 
+  bool through_weights(const DrawSpan<F>& of) const { return of.grad_weight || divergence == kSampled; }
+
  private:
-  Tile<F> mu_scratch, rho_scratch, factor;
+  const S* factor;  // the gradient that reaches the KL
+  Tile<F> mu_scratch, rho_scratch, factor_scratch;
+
+  // dW of a draw, with the sampled KL's gradient by w in it.
+  BNN_FN F by_weight(int i, const DrawSpan<F>& of) {
+    F g = of.grad_weight ? load<F>(of.grad_weight + i) : splat<F>(0);
+    if (divergence != kSampled) return g;
+    F share = splat<F>(S(1) / static_cast<S>(samples));
+    return g + load<F>(factor + i) * share * kl_by_location(load<F>(of.weight + i), prior.at(i));
+  }
 };
 
 template <class F> inline void sample_backward(const SampleBackward& problem, int64_t task_begin, int64_t task_end) {
   const Posterior& p = problem.posterior;
   GradientSpan<F> gradient(p, problem.divergence, problem.samples, problem.grad_kl);
-  bool through_weights = problem.grad_weight || gradient.divergence == kSampled;
   int64_t stride = p.rows * p.columns * size_of(problem.weight_type);
   Tile<F> scratch, eps, weight, by_mu, by_sigma;
+  DrawSpan<F> draw{eps, gradient.divergence == kSampled ? weight.data : nullptr, nullptr, by_mu, by_sigma};
   for (int64_t t = task_begin; t < task_end; ++t)
     for_spans<F>(p, t, [&](const Span& span) {
       gradient.move_to(span);
-      if (!through_weights) return gradient.finish(span, nullptr, nullptr, problem.grad_mu, problem.grad_rho);
       for (int64_t s = 0; s < problem.samples; ++s) {
-        const ScalarOf<F>* grad_weight = nullptr;
         if (problem.grad_weight)
-          grad_weight = load_span<F>(static_cast<const char*>(problem.grad_weight) + s * stride, problem.weight_type,
-                                     p.columns, span, 0, scratch);
-        gradient.draw(span, s, eps, weight);
-        gradient.accumulate(span, s, grad_weight, eps, weight, by_mu, by_sigma);
+          draw.grad_weight = load_span<F>(static_cast<const char*>(problem.grad_weight) + s * stride, problem.weight_type,
+                                          p.columns, span, 0, scratch);
+        if (!gradient.through_weights(draw)) break;
+        gradient.draw(span, s, draw);
+        gradient.accumulate(span, s, draw);
       }
-      gradient.finish(span, by_mu, by_sigma, problem.grad_mu, problem.grad_rho);
+      gradient.finish(span, draw, problem.grad_mu, problem.grad_rho);
     });
 }
 

@@ -1,5 +1,6 @@
-// A span is what the CPU kernels work on at a time: up to kTile columns of one row, aligned to whole Philox counters and
-// padded to whole vectors. Elements outside the tensor are padded so that they contribute nothing: mu = 0, rho = -inf.
+// A span is what the CPU kernels work on at a time: up to kTile columns of one row, or several whole rows where they are
+// short, one behind the other. Rows are aligned to whole Philox counters, the span is padded to whole vectors of them.
+// Elements outside the tensor are padded so that they contribute nothing: mu = 0, rho = -inf.
 #pragma once
 
 #include "lanes.h"  // first: the formulas find the lanes' functions only if these are declared before them
@@ -26,6 +27,22 @@ struct Span {
   int64_t first;     // column of the first element; from -3, where the offset is not a multiple of 4
   int width;         // padded to whole vectors of counters
   uint32_t counter;  // of the first element
+  int rows = 1;
+  int pitch = 0;     // elements from one row to the next
+
+  // Where the span's elements are, if they follow each other in a tensor [rows, columns].
+  template <class S, class Data> BNN_FN S* in_place(Data* data, Type type, int64_t columns) const {
+    bool whole = rows == 1 ? first >= 0 && first + width <= columns : pitch == columns && rows * pitch == width;
+    return whole && type == type_of<S>() ? static_cast<S*>(data) + row * columns + first : nullptr;
+  }
+
+  // Calls body(place in the span, place in the tensor, count) for the elements of each row that are in the tensor.
+  template <class Body> BNN_FN void for_rows(int64_t columns, Body body) const {
+    int low = first < 0 ? static_cast<int>(-first) : 0, end = rows == 1 ? width : pitch;
+    int high = first + end > columns ? static_cast<int>(columns - first) : end;
+    if (rows > 1 && pitch == columns) return body(0, row * columns, rows * pitch);
+    for (int r = 0; r < rows && high > low; ++r) body(r * pitch + low, (row + r) * columns + first + low, high - low);
+  }
 };
 
 BNN_FN int64_t column_shift(const Posterior& p) { return p.column_offset & 3; }
@@ -36,32 +53,39 @@ template <class F> BNN_FN int64_t padded_columns(const Posterior& p) {
   return (column_shift(p) + p.columns + group - 1) / group * group;
 }
 
+// Columns rounded out to counters on both sides: how far apart short rows are in a span.
+BNN_FN int64_t row_pitch(const Posterior& p) { return (column_shift(p) + p.columns + 3) / 4 * 4; }
+
 BNN_FN Span span_at(const Posterior& p, int64_t row, int64_t begin, int64_t end) {
   int64_t width = end - begin < kTile ? end - begin : kTile;
   return {row, begin - column_shift(p), static_cast<int>(width),
           static_cast<uint32_t>((p.column_offset >> 2) + (begin >> 2))};
 }
 
+// Short rows from `row` on, as many as fit, before `end`.
+template <class F> BNN_FN Span span_of_rows(const Posterior& p, int64_t row, int64_t end) {
+  constexpr int group = 4 * Lane<F>::width;
+  int pitch = static_cast<int>(row_pitch(p)), rows = kTile / pitch;
+  if (row + rows > end) rows = static_cast<int>(end - row);
+  Span span = span_at(p, row, 0, (rows * pitch + group - 1) / group * group);
+  span.rows = rows;
+  span.pitch = pitch;
+  return span;
+}
+
 // The elements of a span of data [rows, columns]; in place where they are all there in the right type.
 template <class F>
 inline const ScalarOf<F>* load_span(const void* data, Type type, int64_t columns, const Span& span, ScalarOf<F> pad,
                                     ScalarOf<F>* scratch) {
-  int64_t offset = span.row * columns + span.first;
-  if (span.first >= 0 && span.first + span.width <= columns && type == type_of<ScalarOf<F>>())
-    return static_cast<const ScalarOf<F>*>(data) + offset;
-  int low = span.first < 0 ? static_cast<int>(-span.first) : 0;
-  int high = span.first + span.width > columns ? static_cast<int>(columns - span.first) : span.width;
-  for (int i = 0; i < low; ++i) scratch[i] = pad;
-  if (high > low) convert_from(data, type, offset + low, high - low, scratch + low);
-  for (int i = high > low ? high : low; i < span.width; ++i) scratch[i] = pad;
+  if (const auto* values = span.in_place<const ScalarOf<F>>(data, type, columns)) return values;
+  for (int i = 0; i < span.width; ++i) scratch[i] = pad;
+  span.for_rows(columns, [&](int at, int64_t offset, int count) { convert_from(data, type, offset, count, scratch + at); });
   return scratch;
 }
 
 template <class F>
 inline void store_span(void* data, Type type, int64_t columns, const Span& span, const ScalarOf<F>* values) {
-  int low = span.first < 0 ? static_cast<int>(-span.first) : 0;
-  int high = span.first + span.width > columns ? static_cast<int>(columns - span.first) : span.width;
-  if (high > low) convert_to(values + low, high - low, data, type, span.row * columns + span.first + low);
+  span.for_rows(columns, [&](int at, int64_t offset, int count) { convert_to(values + at, count, data, type, offset); });
 }
 
 // Where to write a span so that finish() has least to do: the tensor itself, or scratch.
@@ -73,10 +97,9 @@ template <class F> struct SpanOutput {
   ScalarOf<F>* target;
 
   SpanOutput(void* data, Type type, int64_t columns, const Span& span, ScalarOf<F>* scratch)
-      : data(data), type(type), columns(columns), span(span), target(scratch) {
-    if (span.first >= 0 && span.first + span.width <= columns && type == type_of<ScalarOf<F>>())
-      target = static_cast<ScalarOf<F>*>(data) + span.row * columns + span.first;
-    scratched = target == scratch;
+      : data(data), type(type), columns(columns), span(span), target(span.in_place<ScalarOf<F>>(data, type, columns)) {
+    scratched = target == nullptr;
+    if (scratched) target = scratch;
   }
   void finish() const {
     if (scratched) store_span<F>(data, type, columns, span, target);
@@ -125,26 +148,55 @@ template <class Function> BNN_FN void with_scale(int scale, Function f) {
 }
 
 struct SpanNoise {
-  Noise noise;
+  Noise<PhiloxRoundKeys> noise;
   uint32_t first_sample;
   int64_t row_offset;
 
-  explicit SpanNoise(const Posterior& p) : noise{0, 0, p.stream}, first_sample(0), row_offset(p.row_offset) {
-    if (!p.key) return;  // a divergence alone draws nothing
-    noise.seed_low = static_cast<uint32_t>(p.key[0]);
-    noise.seed_high = static_cast<uint32_t>(static_cast<uint64_t>(p.key[0]) >> 32);
-    first_sample = static_cast<uint32_t>(p.key[1]);
+  explicit SpanNoise(const Posterior& p)
+      : noise{PhiloxRoundKeys(key_of(p)), p.stream},
+        first_sample(p.key ? static_cast<uint32_t>(p.key[1]) : 0),
+        row_offset(p.row_offset) {}
+
+  // A divergence alone draws nothing and has none.
+  static PhiloxKey key_of(const Posterior& p) {
+    auto seed = static_cast<uint64_t>(p.key ? p.key[0] : 0);
+    return {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)};
   }
 
-  // The normals of a span, four vectors at a time, in column order: use(column, normal).
+  // The normals of a span, eight vectors at a time, in the order of its elements: use(element, normal).
   template <class F, class Use> BNN_FN void draw(const Span& span, int64_t sample, Use use) const {
     constexpr int W = Lane<F>::width;
-    for (int i = 0; i < span.width; i += 4 * W) {
-      F normal[4];
-      draw_normals<F>(noise, first_sample + static_cast<uint32_t>(sample), static_cast<uint32_t>(row_offset + span.row),
-                      span.counter + i / 4, normal);
-      for (int k = 0; k < 4; ++k) use(i + k * W, normal[k]);
-    }
+    using UInt = typename Lane<F>::UInt;
+    auto row = static_cast<uint32_t>(row_offset + span.row);
+    auto of_sample = first_sample + static_cast<uint32_t>(sample);
+    auto all = [&]<bool many_rows>() __attribute__((always_inline)) {
+      uint32_t in_row = many_rows ? static_cast<uint32_t>(span.pitch / 4) : 1;
+      uint32_t reciprocal = (1u << 16) / in_row + 1;  // exact, as a span has at most kTile / 4 counters
+      int i = 0;
+      auto step = [&]<int N>() __attribute__((always_inline)) {
+        UInt rows[N], columns[N];
+        F normal[N][4];
+        for (int n = 0; n < N; ++n) {
+          columns[n] = counter_iota<F>() + static_cast<uint32_t>(i / 4 + n * W);
+          rows[n] = UInt{};
+          if (many_rows) {
+            rows[n] = columns[n] * reciprocal >> 16;
+            columns[n] -= rows[n] * in_row;
+          }
+          rows[n] += row;
+          columns[n] += span.counter;
+        }
+        draw_normals<F, N>(noise, of_sample, rows, columns, normal);
+        for (int k = 0; k < 4 * N; ++k) use(i + k * W, normal[k / 4][k % 4]);
+        i += 4 * N * W;
+      };
+      while (i + 8 * W <= span.width) step.template operator()<2>();
+      if (i < span.width) step.template operator()<1>();
+    };
+    if (span.rows == 1)
+      all.template operator()<false>();
+    else
+      all.template operator()<true>();
   }
 };
 

@@ -25,38 +25,16 @@ Regime choose_regime(const Posterior& weight, ScalarType activations, int64_t sa
   return batch <= (weight.rows * weight.columns >= 1 << 15 ? 128 : 32) ? Regime::kFused : Regime::kDrawn;
 }
 
-// Activations in the layout of the fused kernels.
-struct Packed {
-  Tensor data;
-  Pack problem;
-
-  Packed(const Tensor& like, const Posterior& p, int64_t batch) : data(like) {
-    bool wide = p.type == Type::kFloat64;
-    int64_t lanes = wide ? 1 : cpu_kernels().lanes;
-    int64_t shift = p.column_offset & 3;
-    int64_t vectors = (shift + p.columns + 4 * lanes - 1) / (4 * lanes) * 4;
-    data = empty_of(like, {vectors, batch, lanes}, wide ? ScalarType::Double : ScalarType::Float);
-    problem = {batch, p.columns, shift, vectors, type_of_tensor(like, "x"), wide, nullptr, data.mutable_data_ptr()};
+// grad_bias[s] = sum_b grad_y[s, b]
+template <class T> void sum_batch(const Tensor& grad_y, int64_t samples, int64_t batch, int64_t rows, void* grad_bias) {
+  const T* data = static_cast<const T*>(grad_y.const_data_ptr());
+  std::vector<double> sums(rows);
+  for (int64_t s = 0; s < samples; ++s) {
+    std::fill(sums.begin(), sums.end(), 0.0);
+    for (int64_t b = 0; b < batch; ++b, data += rows)
+      for (int64_t r = 0; r < rows; ++r) sums[r] += data[r];
+    for (int64_t r = 0; r < rows; ++r) static_cast<T*>(grad_bias)[s * rows + r] = static_cast<T>(sums[r]);
   }
-  void fill_from(const Tensor& rows) {
-    problem.rows = const_cast<void*>(rows.const_data_ptr());
-    run(cpu_kernels().pack, problem, problem.vectors, problem.batch * cpu_kernels().lanes);
-  }
-  void write_to(Tensor& rows) {
-    problem.rows = rows.mutable_data_ptr();
-    run(cpu_kernels().unpack, problem, problem.batch, problem.columns);
-  }
-};
-
-// The sum of each row of [rows, n].
-template <class T> void sum_rows(const Tensor& t, int64_t samples, int64_t batch, int64_t rows, void* out) {
-  const T* data = static_cast<const T*>(t.const_data_ptr());
-  for (int64_t s = 0; s < samples; ++s)
-    for (int64_t r = 0; r < rows; ++r) {
-      double sum = 0;
-      for (int64_t b = 0; b < batch; ++b) sum += data[(r * samples + s) * batch + b];
-      static_cast<T*>(out)[s * rows + r] = static_cast<T>(sum);
-    }
 }
 
 class Cpu {
@@ -85,15 +63,14 @@ class Cpu {
       sample(a.bias->view, a.divergence, a.samples, bias->mutable_data_ptr(), type_of_tensor(*bias, "bias"));
     }
     Tensor y = empty_of(x, a.output_shape(x), x.scalar_type());
-    Packed packed(x, p, a.samples * batch);
-    packed.fill_from(x);
+    Tensor packed = pack(x, p, a.samples * batch);
     int64_t tasks = (p.rows + kRowBlock - 1) / kRowBlock;
     std::vector<double> kl(a.divergence == kNone ? 0 : tasks);
     LinearForward problem{p,
                           static_cast<int>(a.divergence),
                           a.samples,
                           batch,
-                          packed.problem.packed,
+                          packed.const_data_ptr(),
                           bias ? bias->const_data_ptr() : nullptr,
                           y.mutable_data_ptr(),
                           type_of_tensor(y, "y"),
@@ -107,34 +84,25 @@ class Cpu {
                       int64_t batch, LinearGradients& grads) {
     if (regime == Regime::kNarrow) return narrow_backward(a, x, grad_y, grad_kl, need_x, batch, grads);
     const Posterior& p = a.weight.view;
-    int64_t all = a.samples * batch;
     ScalarType type = compute_type(x.scalar_type());
-    Tensor outputs = torch::stable::transpose(reshaped(dense_detached(grad_y), {all, p.rows}), 0, 1);
-    if (outputs.scalar_type() != type) outputs = torch::stable::to(outputs, type);
-    Tensor by_output = dense(outputs);
-    Packed packed(x, p, all);
-    packed.fill_from(x);
-    std::optional<Packed> back;
-    if (need_x) back.emplace(x, p, all);
+    Tensor outputs = dense(grad_y.scalar_type() == type ? grad_y : torch::stable::to(grad_y, type));
+    if (need_x) grads.x = empty_of(x, shape_of(x), x.scalar_type());
     LinearBackward problem{p,
                            static_cast<int>(a.divergence),
                            a.samples,
                            batch,
-                           packed.problem.packed,
-                           by_output.const_data_ptr(),
-                           back ? back->problem.packed : nullptr,
+                           type_of_tensor(x, "x"),
+                           x.const_data_ptr(),
+                           outputs.const_data_ptr(),
+                           need_x ? grads.x.mutable_data_ptr() : nullptr,
                            grad_kl,
                            grads.weight_mu.mutable_data_ptr(),
                            grads.weight_rho.mutable_data_ptr()};
-    int64_t block = column_block(p.columns), padded = packed.problem.vectors * packed.data.size(2);
-    run(cpu_kernels().linear_backward, problem, (padded + block - 1) / block, block * p.rows);
-    if (back) {
-      grads.x = empty_of(x, shape_of(x), x.scalar_type());
-      back->write_to(grads.x);
-    }
+    int64_t block = column_block(p.columns), tasks = ((p.column_offset & 3) + p.columns + block - 1) / block;
+    run(cpu_kernels().linear_backward, problem, tasks, block * p.rows);
     Tensor grad_bias = empty_of(x, {a.samples, p.rows}, type);
-    auto sum_outputs = type == ScalarType::Double ? sum_rows<double> : sum_rows<float>;
-    sum_outputs(by_output, a.samples, batch, p.rows, grad_bias.mutable_data_ptr());
+    auto sum_outputs = type == ScalarType::Double ? sum_batch<double> : sum_batch<float>;
+    sum_outputs(outputs, a.samples, batch, p.rows, grad_bias.mutable_data_ptr());
     bias_backward(*this, a, grad_bias.const_data_ptr(), type_of_tensor(grad_bias, "grad_bias"), grad_kl, grads);
   }
 
@@ -144,6 +112,17 @@ class Cpu {
   const Tensor& like;
   double sum = 0;
   Regime regime = Regime::kDrawn;
+
+  // x in the layout of the fused forward.
+  static Tensor pack(const Tensor& x, const Posterior& p, int64_t rows) {
+    bool wide = p.type == Type::kFloat64;
+    int64_t lanes = wide ? 1 : cpu_kernels().lanes, shift = p.column_offset & 3;
+    int64_t vectors = (shift + p.columns + 4 * lanes - 1) / (4 * lanes) * 4;
+    Tensor packed = empty_of(x, {vectors, rows, lanes}, wide ? ScalarType::Double : ScalarType::Float);
+    Pack problem{rows, p.columns, shift, vectors, type_of_tensor(x, "x"), wide, x.const_data_ptr(), packed.mutable_data_ptr()};
+    run(cpu_kernels().pack, problem, vectors, rows * lanes);
+    return packed;
+  }
 
   // A row's part in the work, on the scale of weights that are drawn.
   static int64_t row_cost(const Posterior& p) { return 1 + (p.rows + p.columns) / 16 + p.rows * p.columns / 64; }

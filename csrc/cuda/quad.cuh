@@ -170,24 +170,27 @@ __device__ __forceinline__ F quad_kl(const F (&mu)[4], const F (&rho)[4], const 
 
 // The noise of a posterior's quads.
 struct QuadNoise {
-  Noise noise;
+  Noise<PhiloxKey> noise;
   uint32_t first_sample, first_row, first_counter;
 
   explicit __device__ QuadNoise(const Posterior& p)
-      : noise{0, 0, p.stream},
+      : noise{{0, 0}, p.stream},
         first_sample(0),
         first_row(static_cast<uint32_t>(p.row_offset)),
         first_counter(static_cast<uint32_t>(p.column_offset >> 2)) {
     if (!p.key) return;  // a divergence alone draws nothing
-    noise.seed_low = static_cast<uint32_t>(p.key[0]);
-    noise.seed_high = static_cast<uint32_t>(static_cast<uint64_t>(p.key[0]) >> 32);
+    noise.keys.k0 = static_cast<uint32_t>(p.key[0]);
+    noise.keys.k1 = static_cast<uint32_t>(static_cast<uint64_t>(p.key[0]) >> 32);
     first_sample = static_cast<uint32_t>(p.key[1]);
   }
 
   // counter: the quad's place in its row, counted from the one that holds column 0.
   template <class F> __device__ void draw(int64_t sample, int64_t row, int64_t counter, F (&eps)[4]) const {
-    draw_normals<F>(noise, first_sample + static_cast<uint32_t>(sample), first_row + static_cast<uint32_t>(row),
-                    first_counter + static_cast<uint32_t>(counter), eps);
+    const uint32_t rows[] = {first_row + static_cast<uint32_t>(row)};
+    const uint32_t columns[] = {first_counter + static_cast<uint32_t>(counter)};
+    F normal[1][4];
+    draw_normals<F>(noise, first_sample + static_cast<uint32_t>(sample), rows, columns, normal);
+    for (int i = 0; i < 4; ++i) eps[i] = normal[0][i];
   }
 };
 

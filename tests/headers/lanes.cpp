@@ -66,10 +66,10 @@ void on_word(const char* name, const uint32_t* x, void* y, size_t n) {
 
 void philox_words(const uint32_t* counters, uint32_t k0, uint32_t k1, uint32_t* words, size_t n) {
   for (size_t i = 0; i < n; i += width) {
-    Word x[4];
-    for (int w = 0; w < 4; ++w) x[w] = to_word(take<UInt>(counters + w * n, i, n));
-    philox(x[0], x[1], x[2], x[3], k0, k1);
-    for (int w = 0; w < 4; ++w) put<UInt>(words + w * n, from_word(x[w]), i, n);
+    Word x[1][4];
+    for (int w = 0; w < 4; ++w) x[0][w] = to_word(take<UInt>(counters + w * n, i, n));
+    philox(x, PhiloxKey{k0, k1});
+    for (int w = 0; w < 4; ++w) put<UInt>(words + w * n, from_word(x[0][w]), i, n);
   }
 }
 
@@ -84,11 +84,12 @@ void normals_of_words(const uint32_t* words, void* normals, size_t n) {
 }
 
 void draw(uint64_t seed, uint32_t stream, uint32_t sample, uint32_t row, void* normals, size_t n) {
-  Noise noise{static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32), stream};
+  Noise<PhiloxKey> noise{{static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)}, stream};
   for (size_t i = 0; i < n; i += 4 * width) {
-    F normal[4];
-    draw_normals<F>(noise, sample, row, static_cast<uint32_t>(i / 4), normal);
-    for (size_t w = 0; w < 4; ++w) put(static_cast<Scalar*>(normals), normal[w], i + w * width, n);
+    const UInt rows[] = {UInt{} + row}, columns[] = {counter_iota<F>() + static_cast<uint32_t>(i / 4)};
+    F normal[1][4];
+    draw_normals<F>(noise, sample, rows, columns, normal);
+    for (size_t w = 0; w < 4; ++w) put(static_cast<Scalar*>(normals), normal[0][w], i + w * width, n);
   }
 }
 
