@@ -44,7 +44,14 @@ def test_cases_are_timed_in_turn_and_the_device_waited_for():
 def test_a_case_that_takes_long_is_not_called_beforehand():
     calls = []
     interleaved({"long": lambda: (calls.append(1), time.sleep(0.11))}, seconds=0.0, rounds=2)
-    assert len(calls) == 2 + 1 + 2  # the first with a call before it, the second, two rounds
+    assert len(calls) == 2 + 2  # once with a call before it, two rounds
+
+
+def test_long_rounds_are_few(monkeypatch):
+    monkeypatch.setattr("bnn_fast.demos.timing.SLOW", 0.15)
+    calls = []
+    interleaved({"long": lambda: (calls.append(1), time.sleep(0.2))}, seconds=0.0, rounds=7)
+    assert len(calls) == 2 + 3
 
 
 def test_a_quick_case_is_called_several_times_a_round():

@@ -7,7 +7,8 @@ from typing import Callable, NamedTuple
 import torch
 from torch import Tensor, nn
 
-LONG = 0.1  # seconds
+LONG = 0.1  # seconds a call
+SLOW = 5.0  # seconds a round of all cases
 
 
 class Times(NamedTuple):
@@ -19,11 +20,11 @@ class Times(NamedTuple):
 
 def interleaved(cases: dict[str, Callable[[], object]], seconds: float = 2.0, rounds: int = 9,
                 synchronize: Callable[[], object] = lambda: None) -> dict[str, Times]:
-    """Time the cases in turn, for at least so many rounds and seconds in all, after two rounds to warm up.
+    """Time the cases in turn, for at least so many rounds and seconds in all, after a round or two to warm up.
 
     A case that takes less than a millisecond is called several times a round. Before its time is taken it is
     called once, so that it does not pay for what the case before it left in the caches, unless it takes long.
-    `synchronize` waits for the device.
+    Of rounds that take very long three will do. `synchronize` waits for the device.
     """
     def run(case, calls, before=True):
         if before:
@@ -37,8 +38,9 @@ def interleaved(cases: dict[str, Callable[[], object]], seconds: float = 2.0, ro
 
     first = {name: run(case, 1) for name, case in cases.items()}
     quick = {name: seconds < LONG for name, seconds in first.items()}
-    calls = {name: max(1, round(1e-3 / run(case, 1, quick[name]))) for name, case in cases.items()}
+    calls = {name: max(1, round(1e-3 / run(case, 1))) if quick[name] else 1 for name, case in cases.items()}
     taken: dict[str, list[float]] = {name: [] for name in cases}
+    rounds = min(rounds, 3) if sum(first.values()) > SLOW else rounds
     begin, done = time.perf_counter(), 0
     while done < rounds or time.perf_counter() - begin < seconds:
         for name, case in cases.items():
