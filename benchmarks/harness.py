@@ -32,11 +32,14 @@ def cpu() -> str:
 
 
 def commit() -> str:
-    """Of the checkout that this file is in, "-dirty" where it has changes; "unknown" without git."""
+    """Of the checkout that this file is in, "-dirty" where anything but results has changed; "unknown" without git."""
+    def git(*command):
+        return subprocess.run(["git", *command], text=True, check=True, capture_output=True,
+                              cwd=pathlib.Path(__file__).parent).stdout.strip()
+
     try:
-        done = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], text=True,
-                              check=True, capture_output=True, cwd=pathlib.Path(__file__).parent)
-        return done.stdout.strip()
+        changed = git("diff", "HEAD", "--name-only", "--", ":/", ":!results")
+        return git("describe", "--always", "--abbrev=12") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 import sys
 import time
 from functools import partial
@@ -58,6 +59,26 @@ def test_a_quick_case_is_called_several_times_a_round():
     calls = []
     times = interleaved({"quick": lambda: calls.append(1)}, seconds=0.0, rounds=5)
     assert len(calls) > 100 and times["quick"].median < 1e-4
+
+
+def test_results_do_not_make_a_commit_dirty(tmp_path, monkeypatch):
+    def git(*command):
+        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *command], cwd=tmp_path, check=True)
+
+    result, source = tmp_path / "benchmarks" / "results" / "a.json", tmp_path / "setup.py"
+    result.parent.mkdir(parents=True)
+    for file in (result, source):
+        file.write_text("1")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "first")
+    monkeypatch.setattr(harness, "__file__", str(tmp_path / "benchmarks" / "harness.py"))
+    clean = harness.commit()
+    assert len(clean) == 12
+    result.write_text("2")
+    assert harness.commit() == clean
+    source.write_text("2")
+    assert harness.commit() == clean + "-dirty"
 
 
 @pytest.mark.parametrize("kl", ["analytic", "sampled"])
