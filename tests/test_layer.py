@@ -4,6 +4,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import platform
 import subprocess
 import sys
 
@@ -351,3 +352,27 @@ assert len(messages) == 1 and "pip install --no-build-isolation ." in messages[0
 assert layer.weight_mu.grad is not None and not bf.build_info()["extension"]
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+FAULTS = """
+import resource, torch, bnn_fast as bf
+layer, x = bf.VariationalLinear(1024, 1024), torch.randn(32, 1024)
+
+def steps(n):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(n):
+        layer.zero_grad(set_to_none=True)
+        (layer(x).sum() + bf.kl_divergence(layer)).backward()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+steps(3)
+print(steps(40))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="is about glibc's malloc")
+@needs_extension
+def test_a_step_takes_the_memory_that_the_step_before_gave_back():
+    """2,048 pages of gradients, which the system would clear anew in most steps."""
+    done = subprocess.run([sys.executable, "-c", FAULTS], text=True, capture_output=True, check=True)
+    assert int(done.stdout) < 40 * 2048 / 4
