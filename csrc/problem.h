@@ -96,7 +96,7 @@ struct SampleBackward {
 // Activations from the caller's layout to the kernels': [vectors][batch][lanes], where vector v holds the columns
 // v * lanes - shift onwards, zero outside, in the type that is computed in.
 struct Pack {
-  int64_t batch, columns, shift, vectors;
+  int64_t batch, columns, shift;
   Type type;           // of rows
   bool wide;           // computed in double
   const void* rows;    // [batch, columns]

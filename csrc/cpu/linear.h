@@ -124,6 +124,7 @@ template <class F> inline void linear_forward(const LinearForward& problem, int6
 
 constexpr int64_t kGradientOutputs = 16;  // of grad_y at a time
 constexpr int64_t kOutputsPerSum = 128;   // of dx, summed by themselves first
+static_assert(kGradientOutputs % kRowBlock == 0 && kOutputsPerSum % kGradientOutputs == 0);
 
 // grad_weight[r] = sum_b g[b][r] x[b] and grad_x[b] += sum_r g[b][r] w[r] over a span; g has rows of kGradientOutputs.
 template <class F, int R, bool with_x>

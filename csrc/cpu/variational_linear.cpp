@@ -119,7 +119,7 @@ class Cpu {
     int64_t lanes = wide ? 1 : cpu_kernels().lanes, shift = p.column_offset & 3;
     int64_t vectors = (shift + p.columns + 4 * lanes - 1) / (4 * lanes) * 4;
     Tensor packed = empty_of(x, {vectors, rows, lanes}, wide ? ScalarType::Double : ScalarType::Float);
-    Pack problem{rows, p.columns, shift, vectors, type_of_tensor(x, "x"), wide, x.const_data_ptr(), packed.mutable_data_ptr()};
+    Pack problem{rows, p.columns, shift, type_of_tensor(x, "x"), wide, x.const_data_ptr(), packed.mutable_data_ptr()};
     run(cpu_kernels().pack, problem, vectors, rows * lanes);
     return packed;
   }
