@@ -1,16 +1,24 @@
 """Variational Bayesian neural networks with fused operators, on CPU and CUDA."""
-from . import functional, metrics, plotting, reference
+import sys
+
+from . import metrics, plotting
 from ._build import build_info
 from ._version import __version__
 from .checks import check_parameters
-from .divergence import kl_divergence
-from .elbo import ELBO, Bernoulli, Categorical, Gaussian, HeteroscedasticGaussian
-from .elbo import blundell_weights, linear_warmup
+from .inference.divergence import kl_divergence
+from .inference.elbo import ELBO
+from .inference.likelihoods import Bernoulli, Categorical, Gaussian, HeteroscedasticGaussian
+from .inference.predict import predict
+from .inference.prediction import ClassPrediction, GaussianPrediction, Prediction
+from .inference.sampling import draw, freeze, mc_forward, sampling, unfreeze
+from .inference.schedules import blundell_weights, linear_warmup
 from .layers import VariationalLinear
-from .predict import predict
-from .prediction import ClassPrediction, GaussianPrediction, Prediction
-from .priors import Normal
-from .sampling import draw, freeze, mc_forward, sampling, unfreeze
+from .operators import functional, reference
+from .priors import Normal, initialisation
+
+# Their public paths, wherever the files are.
+for _module in (functional, initialisation, reference):
+    sys.modules[f"{__name__}.{_module.__name__.rpartition('.')[2]}"] = _module
 
 __all__ = [
     "Bernoulli", "Categorical", "ClassPrediction", "ELBO", "Gaussian", "GaussianPrediction",

@@ -1,5 +1,5 @@
-// The operators' schemas, in one place. Implementations: cpu/*.cpp and cuda/*.cpp; fakes: bnn_fast/ops.py; gradients:
-// bnn_fast/autograd.py.
+// The operators' schemas, in one place. Implementations: cpu/*.cpp and cuda/*.cpp; fakes: bnn_fast/operators/raw.py; gradients:
+// bnn_fast/operators/autograd.py.
 //
 //   scale  0 softplus, 1 exp, 2 sqrt_exp (posterior.h)        kl  0 none, 1 analytic, 2 sampled (divergence.h)
 //   key    int64 [2] = (seed, first sample), on the tensors' device

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import bnn_fast as bf
-from bnn_fast import ops
+from bnn_fast.operators import raw as ops
 
 needs_extension = pytest.mark.skipif(not ops.HAS_EXTENSION,
                                      reason="bnn_fast was installed without its extension")

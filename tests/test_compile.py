@@ -14,7 +14,7 @@ from common import gradients, needs_extension, network
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import bnn_fast as bf
-from bnn_fast import ops
+from bnn_fast.operators import raw as ops
 
 MODES = {
     "plain": lambda model, seed: contextlib.nullcontext(),

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import bnn_fast as bf
-from bnn_fast import ops
+from bnn_fast.operators import raw as ops
 
 OPTIONS = (None, None, 0.1, 0.7)
 

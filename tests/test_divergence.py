@@ -10,7 +10,8 @@ from common import gradients, key_of, needs_extension, network, twin  # noqa: F4
 from torch import nn
 
 import bnn_fast as bf
-from bnn_fast import autograd, reference
+from bnn_fast import reference
+from bnn_fast.operators import autograd
 
 SCALES = ("softplus", "exp", "sqrt_exp")
 

@@ -22,6 +22,7 @@ from kernels import (
 )
 
 from bnn_fast import Normal, functional, reference
+from bnn_fast.priors.scales import sigma_of
 
 
 @pytest.mark.parametrize(
@@ -76,7 +77,7 @@ def test_sigma_is_within_4_ulp_of_the_references(scale):
     zero = torch.zeros_like(rho)
     w = functional.sample_normal(zero, rho, KEY, scale=scale, kl=None)[0]
     eps = functional.sample_normal(zero, zero, KEY, scale="exp", kl=None)[0]
-    sigma = reference.sigma_of(rho, scale)
+    sigma = sigma_of(rho, scale)
     # w / eps is sigma, but for one more rounding, where w is neither denormal nor inf
     inside = (w.abs() > 1e-36) & w.isfinite()
     assert inside.float().mean() > 0.95

@@ -14,7 +14,8 @@ from common import gradients, needs_extension, network, twin  # noqa: F401
 from torch import nn
 
 import bnn_fast as bf
-from bnn_fast.initialisation import INITIALISATIONS, convert_rho
+from bnn_fast.priors.initialisation import INITIALISATIONS
+from bnn_fast.priors.scales import convert_rho
 
 NAMESPACE = {**vars(bf), "torch": torch}
 
@@ -324,7 +325,7 @@ def test_reset_parameters_draws_again():
 def test_gradients_are_accumulated_without_a_copy():
     if not bf.build_info()["extension"]:
         pytest.skip("bnn_fast was installed without its extension")
-    from bnn_fast import autograd
+    from bnn_fast.operators import autograd
     pointers, backward = [], autograd.LINEAR.backward
     autograd.LINEAR.backward = lambda *a: (lambda result: pointers.append([t.data_ptr() for t in result])
                                            or result)(backward(*a))

@@ -13,9 +13,9 @@ from common import network, twin  # noqa: F401
 from torch import nn
 
 import bnn_fast as bf
-from bnn_fast import prediction as prediction_module
+from bnn_fast.inference import prediction as prediction_module
 
-predict_module = sys.modules["bnn_fast.predict"]  # bf.predict is the function
+predict_module = sys.modules["bnn_fast.inference.predict"]
 
 
 @pytest.fixture

@@ -1,3 +1,6 @@
+"""The layers: modules around the operators, and what a layer remembers between calls. Imports operators, priors and
+checks; nothing here knows of inference.
+"""
 from .variational_linear import VariationalLinear
 
 __all__ = ["VariationalLinear"]

@@ -6,9 +6,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..autograd import Call
+from ..operators.autograd import Call
 from ..priors import Normal
-from ..state import Local, Mode, Record, Shared, State, fresh_key, versions
+from .state import Local, Mode, Record, Shared, State, fresh_key, versions
 
 
 class Pair(NamedTuple):
@@ -86,3 +86,8 @@ class VariationalLayer(nn.Module):
                               and torch._C._are_functorch_transforms_active()):
             return None
         return record if record.belongs_to(self.tensors()) else None
+
+
+def named_layers(model: nn.Module) -> list[tuple[str, VariationalLayer]]:
+    """(qualified name, layer) of each variational layer in `model`, under its first name."""
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, VariationalLayer)]

@@ -5,8 +5,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import autograd, checks, functional, initialisation, ops, reference
-from ..priors import Normal
+from .. import checks
+from ..operators import autograd, functional, raw
+from ..priors import Normal, initialisation
+from ..priors.scales import sigma_of
 from .base import Pair, VariationalLayer
 
 
@@ -23,7 +25,7 @@ class VariationalLinear(VariationalLayer):
         bias_prior: Normal, of numbers or tensors [out]; `prior` where that is made of numbers.
         scale: what rho means: "softplus" sigma = log(1 + e^rho), "exp" e^rho, "sqrt_exp" e^(rho/2).
         kl: "analytic", or "sampled": log q(w) - log p(w) at the drawn weights.
-        init: a named initialisation, see `bnn_fast.initialisation`.
+        init: a named initialisation, see `bnn_fast.priors.initialisation`.
 
     Shapes: x [..., in] -> y [..., out]. Parameters weight_mu, weight_rho [out, in], bias_mu, bias_rho [out]
     or None. Under autocast x and y have the autocast dtype; the parameters and the KL keep theirs.
@@ -69,7 +71,7 @@ class VariationalLinear(VariationalLayer):
         checks.linear_input(x, weight_mu, mode.n_samples)
         gradients = torch.is_grad_enabled()
         with_kl = gradients and not recomputed and not functorch
-        if not ops.compiled_for(weight_mu.device):
+        if not raw.compiled_for(weight_mu.device):
             y, kl = functional.plain_linear(x, *parameters, key, prior=self.prior, bias_prior=self.bias_prior,
                                             scale=self.scale, kl=None, n_samples=mode.n_samples)
         else:
@@ -83,7 +85,7 @@ class VariationalLinear(VariationalLayer):
             elif gradients:
                 y, kl = autograd.draw(autograd.LINEAR, x, arguments)
             else:
-                y, kl = ops.variational_linear(x, *arguments)
+                y, kl = raw.variational_linear(x, *arguments)
         if not recomputed and not functorch:  # under torch.func the tensors are the transform's
             self._remember(parameters, key, mode.n_samples, kl, compiling)
         return y
@@ -122,7 +124,7 @@ class VariationalLinear(VariationalLayer):
         return None if self.bias_rho is None else self._sigma(self.bias_rho)
 
     def _sigma(self, rho: Tensor) -> Tensor:
-        return reference.sigma_of(rho.to(torch.promote_types(rho.dtype, torch.float32)),
+        return sigma_of(rho.to(torch.promote_types(rho.dtype, torch.float32)),
                                   self.scale).to(rho.dtype)
 
     @property

@@ -9,7 +9,7 @@ import pytest
 import torch
 from headers.ulp import awkward_words, normals, radius_and_angle, ulps
 
-from bnn_fast import reference
+from bnn_fast.operators.noise import normal4, standard_normal
 
 # largest error in ulp, a little above what was measured
 BOUNDS = {
@@ -57,7 +57,7 @@ def test_a_row_of_noise_is_the_same_on_every_lane_type_and_in_the_reference(
     for scalar, dtype in (("scalar_float", torch.float32), ("scalar_double", torch.float64)):
         expected = headers.draw(scalar, seed, stream, sample, row, n)
         assert abs(expected.mean()) < 0.02 and abs(expected.std() - 1) < 0.02
-        noise = reference.standard_normal(key, 1, 1, n, stream=stream, row_offset=row, dtype=dtype)[
+        noise = standard_normal(key, 1, 1, n, stream=stream, row_offset=row, dtype=dtype)[
             0, 0
         ].numpy()
         if dtype == torch.float64:
@@ -74,7 +74,7 @@ def test_a_row_of_noise_is_the_same_on_every_lane_type_and_in_the_reference(
 def test_the_references_normals_have_the_headers_bits_on_awkward_words(headers):
     words = np.stack([awkward_words(1_000_000, seed) for seed in range(4)])
     expected = headers.normal4("scalar_float", words)
-    got = reference.normal4(*(torch.from_numpy(w.astype(np.int64)) for w in words), torch.float32)
+    got = normal4(*(torch.from_numpy(w.astype(np.int64)) for w in words), torch.float32)
     assert np.array_equal(torch.stack(got).numpy().view(np.uint32), expected.view(np.uint32))
 
 

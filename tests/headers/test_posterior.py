@@ -7,7 +7,7 @@ import pytest
 import torch
 from headers.ulp import spread, ulps
 
-from bnn_fast import reference
+from bnn_fast.priors import scales
 
 SCALES = ("softplus", "exp", "sqrt_exp")
 # Where sigma fits float32, subnormals included.
@@ -64,12 +64,12 @@ def test_the_reference_is_within_4_ulp(headers, scale):
         wide = np.float64 if dtype == np.float32 else np.longdouble
         x = torch.from_numpy(rho).requires_grad_()
         for value, derivative, plain in (
-            (sigma, d_sigma, reference.sigma_of),
-            (log_sigma, d_log_sigma, reference.log_sigma_of),
+            (sigma, d_sigma, scales.sigma_of),
+            (log_sigma, d_log_sigma, scales.log_sigma_of),
         ):
             y = plain(x, scale)
             (gradient,) = torch.autograd.grad(y.sum(), x)
-            if plain is reference.sigma_of:
+            if plain is scales.sigma_of:
                 assert ulps(y.detach().numpy(), value.astype(wide)).max() <= 4
             else:
                 np.testing.assert_allclose(

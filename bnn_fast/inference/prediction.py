@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import checks, metrics
-from .elbo import Bernoulli, Categorical, Gaussian, HeteroscedasticGaussian
+from .. import checks, metrics
+from .likelihoods import Bernoulli, Categorical, Gaussian, HeteroscedasticGaussian
 
 __all__ = ["Prediction", "GaussianPrediction", "ClassPrediction"]
 

@@ -7,9 +7,9 @@ import hashlib
 import torch
 from torch import Tensor, nn
 
-from . import checks
-from .layers.base import VariationalLayer
-from .state import Mode, fresh_key
+from .. import checks
+from ..layers.base import named_layers
+from ..layers.state import Mode, fresh_key
 
 _WRAPPERS = ("module", "_orig_mod")
 
@@ -155,11 +155,6 @@ def unfreeze(model: nn.Module) -> None:
     """Undo `freeze`: every call draws anew."""
     for _, layer in named_layers(model):
         layer.frozen_key = None
-
-
-def named_layers(model: nn.Module) -> list[tuple[str, VariationalLayer]]:
-    """(qualified name, layer) of each variational layer in `model`, under its first name."""
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, VariationalLayer)]
 
 
 def _layer_seeds(names: list[str], seed: int) -> list[int]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from . import autograd, checks, functional, ops, reference
-from .layers.base import Pair, VariationalLayer
-from .sampling import named_layers
-from .state import Record
+from .. import checks
+from ..layers.base import Pair, VariationalLayer, named_layers
+from ..layers.state import Record
+from ..operators import autograd, functional, raw, reference
 
 
 def kl_divergence(model: nn.Module, reduction: str = "sum") -> Tensor | dict[str, Tensor]:
@@ -96,7 +96,7 @@ def _key(layer: VariationalLayer, record: Record | None) -> tuple[Tensor, int]:
 
 
 def _analytic(pair: Pair, scale: str) -> autograd.Call | Tensor:
-    if autograd.transformed() or not ops.compiled_for(pair.mu.device):
+    if autograd.transformed() or not raw.compiled_for(pair.mu.device):
         return functional.kl_normal(pair.mu, pair.rho, prior=pair.prior, scale=scale)
     prior = functional.prior_arguments(pair.prior)
     return autograd.kl_call((pair.mu, pair.rho, *prior, checks.SCALES[scale], True))

@@ -1,86 +1,15 @@
-"""The training objective: the evidence lower bound, its likelihoods, and weights for the KL."""
+"""Likelihoods: the negative log-likelihood of targets under a model's outputs, for each draw and row."""
 from __future__ import annotations
 
 import math
-from typing import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import checks
-from .divergence import kl_divergence
-from .sampling import mc_forward
+from .. import checks
 
-__all__ = ["ELBO", "Gaussian", "HeteroscedasticGaussian", "Bernoulli", "Categorical", "blundell_weights",
-           "linear_warmup"]
-
-
-class ELBO(nn.Module):
-    """The negative ELBO per row, as a loss:  mean NLL + kl_weight * KL / n_data.
-
-    Args:
-        model: any module, its variational layers giving the KL.
-        likelihood: Gaussian, HeteroscedasticGaussian, Bernoulli or Categorical, or a module like them.
-        n_data: rows of the whole training set, not of a batch: the KL belongs to all of them.
-        kl_weight: 1 is the ELBO itself. A number, or a callable of the step (0, 1, 2, ...; `linear_warmup`,
-            `blundell_weights`). The step counts the calls made with gradients on; `step` may be set.
-
-    `elbo(x, y, n_samples=1)`: x [B, ...], y the targets [B, ...] -> scalar. The NLL is summed over the
-    outputs of a row and averaged over rows and draws; one draw (of each sample) holds for a whole call.
-    Afterwards `elbo.nll` and `elbo.kl` are the two parts, the KL undivided and unweighted, without their
-    gradients. `elbo.parameters()` has those of the likelihood too.
-
-    ValueError if outputs and targets differ in shape (they are not broadcast).
-    """
-
-    def __init__(self, model: nn.Module, likelihood: nn.Module, n_data: int,
-                 kl_weight: float | Callable[[int], float] = 1.0):
-        super().__init__()
-        if isinstance(n_data, bool) or not isinstance(n_data, (int, float)) or not n_data > 0:
-            raise ValueError("n_data: expected the positive number of training rows, "
-                             f"given {checks.describe(n_data)}")
-        is_number = isinstance(kl_weight, (int, float)) and not isinstance(kl_weight, bool)
-        if not callable(kl_weight) and not is_number:
-            raise TypeError("kl_weight: expected a number or a callable of the step, "
-                            f"given {checks.describe(kl_weight)}")
-        self.model, self.likelihood, self.n_data, self.kl_weight = model, likelihood, n_data, kl_weight
-        self.step = 0
-        self.nll = self.kl = None
-
-    def forward(self, x: Tensor, y: Tensor, n_samples: int = 1) -> Tensor:
-        nll = self.likelihood(mc_forward(self.model, x, n_samples), y).mean()
-        kl = kl_divergence(self.model)
-        self.nll, self.kl = nll.detach(), kl.detach()
-        return nll + kl * (self._weight() / self.n_data)
-
-    def _weight(self) -> float:
-        if not callable(self.kl_weight):
-            return self.kl_weight
-        weight = self.kl_weight(self.step)
-        if torch.is_grad_enabled():
-            self.step += 1
-        return weight
-
-    def extra_repr(self) -> str:
-        return f"n_data={self.n_data}, kl_weight={self.kl_weight}"
-
-
-def linear_warmup(steps: int) -> Callable[[int], float]:
-    """kl_weight growing from 1/steps at the first step to 1 at step number `steps`, and 1 ever after."""
-    checks.positive_int("steps", steps)
-    return lambda step: min(1.0, (step + 1) / steps)
-
-
-def blundell_weights(n_batches: int) -> Callable[[int], float]:
-    """kl_weight of the i-th of an epoch's M batches: M 2^-i / (1 - 2^-M), i = 1..M, of mean 1.
-
-    Blundell et al., "Weight Uncertainty in Neural Networks", 2015, section 3.4: pi_i = 2^(M-i) / (2^M - 1) of
-    the KL goes to batch i. Written without 2^M, which overflows.
-    """
-    checks.positive_int("n_batches", n_batches)
-    total = -math.expm1(-n_batches * math.log(2.0))
-    return lambda step: math.ldexp(n_batches, -(step % n_batches + 1)) / total
+__all__ = ["Gaussian", "HeteroscedasticGaussian", "Bernoulli", "Categorical"]
 
 
 class Gaussian(nn.Module):

@@ -6,7 +6,7 @@ import math
 import torch
 from torch import Tensor
 
-from . import checks
+from .. import checks
 
 
 class Normal:

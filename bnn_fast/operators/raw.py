@@ -10,7 +10,7 @@ import warnings
 
 import torch
 
-from ._build import EXTENSION_ERROR, build_info
+from .._build import EXTENSION_ERROR, build_info
 
 HAS_EXTENSION = EXTENSION_ERROR is None
 

@@ -23,7 +23,7 @@ import weakref
 import torch
 from torch import Tensor
 
-from . import ops
+from . import raw
 
 _engine = torch._C
 _keep_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
@@ -295,9 +295,9 @@ def read(calls: list[Call]) -> Tensor:
     return _apply_kl(calls, *[p for call in calls for p in call.parameters])
 
 
-if ops.HAS_EXTENSION:
-    LINEAR = Operator(ops.variational_linear, ops.variational_linear_backward,
+if raw.HAS_EXTENSION:
+    LINEAR = Operator(raw.variational_linear, raw.variational_linear_backward,
                       ("x", "weight_mu", "weight_rho", "bias_mu", "bias_rho"), tensors=10)
-    SAMPLE = Operator(ops.sample_normal, ops.sample_normal_backward, ("mu", "rho"), tensors=5)
-    KL = Operator(ops.kl_normal, ops.kl_normal_backward, ("mu", "rho"), tensors=4)
+    SAMPLE = Operator(raw.sample_normal, raw.sample_normal_backward, ("mu", "rho"), tensors=5)
+    KL = Operator(raw.kl_normal, raw.kl_normal_backward, ("mu", "rho"), tensors=4)
     N_SAMPLES = 16  # position of n_samples among the arguments of LINEAR

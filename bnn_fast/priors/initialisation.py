@@ -12,9 +12,8 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
 
-from .reference import log_sigma_of
+from .scales import convert_rho, softplus_inverse
 
 
 def _default(pair, fan_in):
@@ -60,18 +59,3 @@ def initialise(name: str, pairs, fan_in: int, scale: str) -> None:
             pair.rho.fill_(convert_rho(rho, scale).item())
         else:
             pair.rho.copy_(convert_rho(rho, scale))
-
-
-def softplus_inverse(sigma: float | Tensor) -> float | Tensor:
-    """rho with log(1 + e^rho) = sigma, in float64: sigma + log(1 - e^-sigma)."""
-    if isinstance(sigma, Tensor):
-        return sigma.double() + (-torch.expm1(-sigma.double())).log()
-    return sigma + math.log(-math.expm1(-sigma))
-
-
-def convert_rho(rho: Tensor, scale: str) -> Tensor:
-    """The rho that means under `scale` the sigma that `rho` (float64) means as softplus."""
-    if scale == "softplus":
-        return rho
-    log_sigma = log_sigma_of(rho, "softplus")
-    return log_sigma if scale == "exp" else 2.0 * log_sigma

@@ -10,8 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import autograd, checks, ops, reference
-from .priors import Normal
+from .. import checks
+from ..priors import Normal
+from . import autograd, raw, reference
 
 __all__ = ["variational_linear", "sample_normal", "kl_normal"]
 
@@ -53,7 +54,7 @@ def variational_linear(
     checks.key(key, weight_mu)
     x = autocast(x)
     checks.linear_input(x, weight_mu, n_samples)
-    if not ops.compiled_for(x.device):
+    if not raw.compiled_for(x.device):
         return plain_linear(
             x, weight_mu, weight_rho, bias_mu, bias_rho, key, prior=prior, bias_prior=bias_prior, scale=scale,
             kl=kl, n_samples=n_samples, row_offset=row_offset, column_offset=column_offset)
@@ -79,7 +80,7 @@ def sample_normal(
     require_normal("prior", prior)
     checks.parameter_pair("", mu, rho, prior)
     checks.key(key, mu)
-    if not ops.compiled_for(mu.device):
+    if not raw.compiled_for(mu.device):
         return reference.sample_normal(
             mu, rho, key, prior=prior, scale=scale, kl=kl, n_samples=n_samples, stream=stream,
             row_offset=row_offset, column_offset=column_offset)
@@ -103,7 +104,7 @@ def kl_normal(mu: Tensor, rho: Tensor, *, prior: Normal = Normal(0.0, 1.0), scal
     checks.choice("reduction", reduction, checks.REDUCTIONS)
     require_normal("prior", prior)
     checks.parameter_pair("", mu, rho, prior)
-    if not ops.compiled_for(mu.device):
+    if not raw.compiled_for(mu.device):
         return reference.kl_normal(mu, rho, prior=prior, scale=scale, reduction=reduction)
     arguments = (mu, rho, *prior_arguments(prior), scale_code, reduction != "none")
     if autograd.transformed():

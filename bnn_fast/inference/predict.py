@@ -6,9 +6,10 @@ import contextlib
 import torch
 from torch import Tensor, nn
 
-from . import checks
+from .. import checks
+from ..layers.base import named_layers
 from .prediction import Prediction, prediction_class
-from .sampling import named_layers, pinned, repeated, sampling
+from .sampling import pinned, repeated, sampling
 
 __all__ = ["predict"]
 
