@@ -50,6 +50,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     for name, what in SECTIONS.items():
         command = commands.add_parser(name, description=what, help=what)
         command.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+        command.add_argument("--runs", type=int, default=1,
+                             help="how often everything is repeated; ratios are then given with their range (default 1)")
         command.add_argument("--seconds", type=float, default=3.0,
                              help="for each shape, all cases together, at least (default 3)")
         command.add_argument("--providers", nargs="+", metavar="NAME", help="default: all that are installed")
@@ -94,10 +96,13 @@ def measured(options: argparse.Namespace) -> int:
         print(f"--providers: expected any of {', '.join(providers.MAKERS)}; "
               f"given {', '.join(sorted(unknown))}", file=sys.stderr)
         return 1
+    if options.runs < 1:
+        print(f"--runs: expected at least 1, given {options.runs}", file=sys.stderr)
+        return 1
     found, absent = providers.available(options.providers or tuple(providers.MAKERS))
     run = Run(found, options.device, options.seconds, data=options.data)
     names = list(suite.SECTIONS) if options.name == "all" else [options.name]
-    record, path = suite.measure(names, run, absent, options.out)
+    record, path = suite.measure(names, run, absent, options.out, options.runs)
     print(suite.show(record) if options.name == "all" else harness.show(record["sections"][options.name]))
     print(f"\n{path}")
     return 0

@@ -1,7 +1,8 @@
 """What got faster or slower between two results files, by more than the noise, and what needs more memory.
 
 Compared are the ratios to nn.Linear within a run. A change counts where they differ by more than 3 % and the
-ranges do not meet, from the case's 20th percentile over nn.Linear's 80th, to its 80th over nn.Linear's 20th.
+ranges do not meet: those of several runs, or of one from the case's 20th percentile over nn.Linear's 80th, to its 80th
+over nn.Linear's 20th.
 Memory counts where it differs by more than 1 % and 64 KiB.
 """
 from __future__ import annotations
@@ -55,6 +56,8 @@ def reached(cases: dict[str, dict], case: str) -> dict:
     t = cases[case]
     if "ratio" not in t:
         return t
+    if "ratios" in t:
+        return {**t, "least": min(t["ratios"]), "most": max(t["ratios"])}
     return {**t, "least": t["low"] / cases[BASE]["high"], "most": t["high"] / cases[BASE]["low"]}
 
 

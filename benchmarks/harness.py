@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import platform
+import statistics
 import subprocess
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ def environment(cuda: bool = False) -> dict[str, object]:
     now = datetime.datetime.now(datetime.timezone.utc)
     return {"date": now.isoformat(timespec="seconds"), "commit": commit(),
             "torch": str(torch.__version__), "cpu": cpu(), "threads": torch.get_num_threads(),
+            "load": round(os.getloadavg()[0], 2),
             **(gpu() if cuda else {})}
 
 
@@ -65,6 +67,27 @@ def ratios(cases: dict[str, Times], base: str) -> dict[str, dict[str, float]]:
             for case, t in cases.items()}
 
 
+def together(runs: list[dict[str, dict]]) -> dict[str, dict]:
+    """The settings of several runs as one: medians of their figures, and `ratios`, that of each run."""
+    return {setting: {case: _case([run[setting][case] for run in runs]) for case in cases}
+            for setting, cases in runs[-1].items()}
+
+
+def _case(runs: list[dict]) -> dict:
+    failed = [t for t in runs if "error" in t]
+    if failed or len(runs) == 1:
+        return (failed or runs)[0]
+    found = {key: statistics.median(t[key] for t in runs) if type(value) in (int, float) else value
+             for key, value in runs[-1].items()}
+    return {**found, "ratios": [t["ratio"] for t in runs]} if "ratio" in found else found
+
+
+def ratio(t: dict) -> str:
+    """A case's ratio to the base, with the range of the runs where there were several."""
+    spread = t.get("ratios", ())
+    return f"{t['ratio']:.2f}" + (f" ({min(spread):.2f} to {max(spread):.2f})" if spread else "")
+
+
 def results(name: str, settings: dict[str, dict], base: str, absent: dict[str, str],
             cuda: bool = False) -> dict[str, object]:
     """settings: for each shape or other setting, what was found for each case; ratios are to the case `base`.
@@ -79,7 +102,7 @@ def rows(settings: dict, base: str) -> list[tuple]:
     for setting, cases in settings.items():
         for case, t in cases.items():
             time = (f"{1e3 * t['median']:.3f} ms", f"{1e3 * t['low']:.3f} to {1e3 * t['high']:.3f}",
-                    f"{t['ratio']:.2f}" if "ratio" in t else "") if "median" in t else ("", "", "")
+                    ratio(t) if "ratio" in t else "") if "median" in t else ("", "", "")
             memory = f"{t['extra'] / 2 ** 20:.2f} MiB" if "extra" in t else ""
             time = (f"{1e3 * t['floor']:.3f} ms", "", "") if "floor" in t else time
             found.append((setting, case, *time, memory, t.get("error", t.get("note", ""))[:80]))

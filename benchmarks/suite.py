@@ -29,17 +29,20 @@ def machine(run: Run) -> str:
     return re.sub(r"[^a-z0-9]+", "_", " ".join(map(str, parts)).lower()).strip("_")
 
 
-def measure(names: list[str], run: Run, absent: dict[str, str],
-            folder: pathlib.Path) -> tuple[dict, pathlib.Path]:
-    """Runs sections; each replaces that of an earlier run in the machine's file, and is saved at once."""
+def measure(names: list[str], run: Run, absent: dict[str, str], folder: pathlib.Path,
+            runs: int = 1) -> tuple[dict, pathlib.Path]:
+    """Measures sections, all of them again for each run; each replaces that of an earlier time in the machine's file, and
+    is saved at once."""
     path = folder / f"{machine(run)}.json"
     record = json.loads(path.read_text()) if path.exists() else {"sections": {}}
-    for name in names:
+    before: dict[str, list[dict]] = {name: [] for name in names}
+    for name in names * runs:
         print(f"{name} ...", end=" ", flush=True)
         start = time.monotonic()
-        settings = SECTIONS[name].measure(run)
-        found = harness.results(name, settings, BASE, absent, run.cuda)
-        record["sections"][name] = {**found, "wall_seconds": round(time.monotonic() - start, 1)}
+        before[name].append(SECTIONS[name].measure(run))
+        found = harness.results(name, harness.together(before[name]), BASE, absent, run.cuda)
+        record["sections"][name] = {**found, "runs": len(before[name]),
+                                    "wall_seconds": round(time.monotonic() - start, 1)}
         harness.save(record, path)
         print(f"{time.monotonic() - start:.0f} s", flush=True)
     return record, path
@@ -54,7 +57,7 @@ def show(record: dict) -> str:
                                for name in cases if name != scaling.FLOOR))
     where = next(iter(sections.values()))["environment"]
     title = (f"{where.get('gpu', where['cpu'])}, {where['threads']} threads, torch {where['torch']}, "
-             f"commit {where['commit']}, {where['date']}")
+             f"commit {where['commit']}, {where['date']}, runs {next(iter(sections.values())).get('runs', 1)}")
     rows = heads(names)
     for section, setting, cases in whole(sections, "step"):
         cells = [speed(cases.get(n), n) for n in names]
@@ -92,7 +95,7 @@ def target(setting: str, where: dict) -> str:
 def speed(t: dict | None, name: str) -> str:
     if t is None or "median" not in t:
         return "" if t is None else "failed"
-    return f"{1e3 * t['median']:.3g} ms" if name == BASE else f"{t['ratio']:.2f}"
+    return f"{1e3 * t['median']:.3g} ms" if name == BASE else harness.ratio(t)
 
 
 def trained(t: dict | None) -> str:

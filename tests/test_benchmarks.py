@@ -216,7 +216,7 @@ def test_results_of_all_sections_are_one_file(run, tmp_path, monkeypatch, capsys
     assert path.parent == tmp_path and json.loads(path.read_text()) == record
     assert set(record["sections"]) == {"step", "predict"}
     where = record["sections"]["step"]["environment"]
-    assert where.keys() == {"date", "commit", "torch", "cpu", "threads"}
+    assert where.keys() == {"date", "commit", "torch", "cpu", "threads", "load"}
     cases = record["sections"]["step"]["settings"]["3 x 4, batch 5"]
     shown = suite.show(record)
     assert re.search(rf"step: 3 x 4, batch 5 .* ms +{cases['bnn_fast']['ratio']:.2f} ", shown)
