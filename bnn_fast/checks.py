@@ -30,6 +30,19 @@ def choice(name: str, value, choices: dict) -> int:
         raise ValueError(f"{name}: expected one of {known}, given {value!r}") from None
 
 
+_WORD = 2 ** 32  # values of a word of the noise counter
+
+
+def noise_place(rows: int, columns: int, n_samples: int, stream: int, row_offset: int, column_offset: int) -> None:
+    """Where the noise of [rows, columns] is counted from: all of it within the counter's words."""
+    for name, value, most in (("n_samples", n_samples, _WORD), ("stream", stream, _WORD - 1),
+                              ("row_offset", row_offset, _WORD - rows), ("column_offset", column_offset, 4 * _WORD - columns)):
+        if type(value) is not int and (isinstance(value, (bool, Tensor)) or not hasattr(value, "__index__")):
+            raise TypeError(f"{name}: expected an integer, given {describe(value)}")
+        if not (name == "n_samples") <= value <= most:
+            raise ValueError(f"{name}: expected {int(name == 'n_samples')} to {most}, given {value}")
+
+
 def positive_int(name: str, value) -> int:
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{name}: expected an integer, given {describe(value)}")

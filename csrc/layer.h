@@ -54,8 +54,8 @@ struct LinearArguments {
     bool low = x.scalar_type() == ScalarType::BFloat16 || x.scalar_type() == ScalarType::Half;
     STD_TORCH_CHECK(x.scalar_type() == weight.mu.scalar_type() || (low && weight.mu.scalar_type() == ScalarType::Float),
                     "x and weight_mu have different dtypes");
-    STD_TORCH_CHECK(x.is_cpu() == weight.mu.is_cpu() && x.get_device_index() == weight.mu.get_device_index(),
-                    "x and weight_mu are on different devices");
+    STD_TORCH_CHECK(on_device_of(x, weight.mu), "x and weight_mu are on different devices");
+    check_storage(x, "x");
     int64_t rows = rows_of(x);
     STD_TORCH_CHECK(samples == 1 || (x.dim() >= 2 && x.size(0) % samples == 0), "x has shape ", describe(shape_of(x)),
                     ", expected its first dimension to be a multiple of n_samples = ", samples);
@@ -200,6 +200,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> variational_linear_backward(
   LinearArguments a(weight_mu, weight_rho, bias_mu, bias_rho, key, {weight_loc, weight_sd, loc, sd},
                     {bias_loc, bias_sd, bias_loc_number, bias_sd_number}, scale, kl, n_samples, row_offset, column_offset);
   STD_TORCH_CHECK(x || !grad_y, "x is absent, expected it with grad_y");
+  if (grad_kl) check_gradient(*grad_kl, "grad_kl", {}, compute_type(weight_mu.scalar_type()), weight_mu);
   KlGradient k = make_kl_gradient(grad_kl, false);
   Device device(a);
   auto like = [&](const Tensor& t) { return device.empty(t, shape_of(t), t.scalar_type()); };
@@ -209,8 +210,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> variational_linear_backward(
   if (grad_y) {
     int64_t batch = a.check_input(*x);
     Shape shape = a.output_shape(*x);
-    STD_TORCH_CHECK(grad_y->sizes() == shape && grad_y->scalar_type() == x->scalar_type(), "grad_y has shape ",
-                    describe(shape_of(*grad_y)), ", expected ", describe(shape), " and x's dtype");
+    check_gradient(*grad_y, "grad_y", shape, x->scalar_type(), weight_mu);
     if (device.fused(a, *x, batch))
       device.fused_backward(a, dense(*x), *grad_y, k, need_grad_x, batch, grads);
     else

@@ -31,6 +31,8 @@ using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 using Shape = std::vector<int64_t>;
 
+constexpr int64_t kCounterWord = int64_t(1) << 32;  // values of one word of the noise counter
+
 inline Shape shape_of(const Tensor& t) { return Shape(t.sizes().begin(), t.sizes().end()); }
 
 // The shape of so many draws of a tensor.
@@ -109,6 +111,24 @@ inline void check_like(const Tensor& t, const char* name, const Tensor& like, co
   STD_TORCH_CHECK(on_device_of(t, like), name, " and ", like_name, " are on different devices");
 }
 
+// That a tensor's elements are in its storage, which can be made smaller behind its back.
+inline void check_storage(const Tensor& t, const char* name) {
+  int64_t bytes = 0, last = 0, offset = 0;
+  for (int64_t d = 0; d < t.dim(); ++d) {
+    if (t.size(d) == 0) return;
+    last += (t.size(d) - 1) * t.stride(d);
+  }
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(t.get(), &bytes));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(t.get(), &offset));
+  int64_t needed = (offset + last + 1) * static_cast<int64_t>(t.element_size());
+  STD_TORCH_CHECK(needed <= bytes, name, " has shape ", describe(shape_of(t)), " and a storage of ", bytes,
+                  " bytes, expected at least ", needed);
+}
+
+inline void check_storage(const OptionalTensor& t, const char* name) {
+  if (t) check_storage(*t, name);
+}
+
 // Options as the operators take them; each number's meaning is in posterior.h and divergence.h.
 struct PriorArguments {
   OptionalTensor loc_tensor, scale_tensor;
@@ -131,19 +151,26 @@ inline PosteriorTensors make_posterior(const Tensor& mu, const Tensor& rho, cons
   STD_TORCH_CHECK(scale >= 0 && scale <= 2, "scale is ", scale, ", expected 0 (softplus), 1 (exp) or 2 (sqrt_exp)");
   STD_TORCH_CHECK(row_offset >= 0 && column_offset >= 0, "row_offset and column_offset are ", row_offset, " and ",
                   column_offset, ", expected no negative number");
+  STD_TORCH_CHECK(stream >= 0 && stream < kCounterWord, "stream is ", stream, ", expected 0 to 2^32 - 1");
+  check_storage(mu, "mu");
+  check_storage(rho, "rho");
+  check_storage(prior.loc_tensor, "the prior's loc");
+  check_storage(prior.scale_tensor, "the prior's scale");
   PosteriorTensors p{dense(mu), dense(rho), std::nullopt, std::nullopt, std::nullopt, {}};
   if (prior.loc_tensor) p.loc = dense(*prior.loc_tensor);
   if (prior.scale_tensor) p.scale = dense(*prior.scale_tensor);
   int64_t rows = mu.dim() > 1 ? mu.size(0) : 1;
   int64_t columns = 1;
   for (int64_t d = mu.dim() > 1 ? 1 : 0; d < mu.dim(); ++d) columns *= mu.size(d);
-  STD_TORCH_CHECK(row_offset + rows <= int64_t(1) << 32 && column_offset + columns <= int64_t(1) << 34,
+  STD_TORCH_CHECK(rows <= kCounterWord && row_offset <= kCounterWord - rows && columns <= 4 * kCounterWord &&
+                      column_offset <= 4 * kCounterWord - columns,
                   "mu with its offsets has more rows or columns than the noise counter: 2^32 and 2^34");
   const int64_t* key_data = nullptr;
   if (key) {
     STD_TORCH_CHECK(key->scalar_type() == ScalarType::Long && key->dim() == 1 && key->size(0) == 2,
                     "key has shape ", describe(shape_of(*key)), ", expected an int64 tensor of shape [2]: (seed, first_sample)");
     STD_TORCH_CHECK(on_device_of(*key, mu), "key and mu are on different devices");
+    check_storage(*key, "key");
     p.key = dense(*key);
     key_data = static_cast<const int64_t*>(p.key->const_data_ptr());
   }
@@ -162,7 +189,7 @@ inline PosteriorTensors make_posterior(const Tensor& mu, const Tensor& rho, cons
 }
 
 inline void check_samples(int64_t samples) {
-  STD_TORCH_CHECK(samples >= 1, "n_samples is ", samples, ", expected at least 1");
+  STD_TORCH_CHECK(samples >= 1 && samples <= kCounterWord, "n_samples is ", samples, ", expected 1 to 2^32");
 }
 
 inline void check_divergence(int64_t divergence) {
@@ -174,6 +201,7 @@ inline void check_gradient(const Tensor& grad, const char* name, const Shape& sh
   STD_TORCH_CHECK(grad.scalar_type() == dtype, name, " has dtype number ", static_cast<int>(grad.scalar_type()),
                   ", expected that of the result it belongs to: number ", static_cast<int>(dtype));
   STD_TORCH_CHECK(on_device_of(grad, mu), name, " and mu are on different devices");
+  check_storage(grad, name);
 }
 
 // A KL gradient that has one element for each of mu's, or is one number; absent if the tensor is.

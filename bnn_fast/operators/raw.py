@@ -10,6 +10,7 @@ import warnings
 
 import torch
 
+from .. import checks
 from .._build import EXTENSION_ERROR, build_info
 
 HAS_EXTENSION = EXTENSION_ERROR is None
@@ -41,6 +42,16 @@ if HAS_EXTENSION:
     variational_linear = torch.ops.bnn_fast._variational_linear.default
     variational_linear_backward = torch.ops.bnn_fast._variational_linear_backward.default
 
+    def _together(**tensors):
+        """For plain meta tensors as for those of a trace: one that has no data among others that have some would have the
+        fakes run, whose results nobody fills."""
+        given = {name: t for name, t in tensors.items() if t is not None}
+        devices = {name: t.device for name, t in given.items()}
+        if len(set(devices.values())) > 1:
+            first, *rest = given
+            name = next(name for name in rest if devices[name] != devices[first])
+            raise ValueError(f"{name}: expected to be on {devices[first]} as {first} is, given {checks.describe(given[name])}")
+
     def _scalar(mu):
         return mu.new_empty((), dtype=torch.float64 if mu.dtype == torch.float64 else torch.float32)
 
@@ -50,26 +61,38 @@ if HAS_EXTENSION:
     @torch.library.register_fake("bnn_fast::_sample_normal")
     def _(mu, rho, key, prior_loc, prior_scale, loc, prior_sd, scale, kl, n_samples, stream, row_offset,
           column_offset):
+        _together(mu=mu, rho=rho, key=key, prior_loc=prior_loc, prior_scale=prior_scale)
         return mu.new_empty((n_samples, *mu.shape)), _scalar(mu)
 
     @torch.library.register_fake("bnn_fast::_sample_normal_backward")
-    def _(grad_w, grad_kl, mu, rho, *tail):
+    def _(grad_w, grad_kl, mu, rho, key, prior_loc, prior_scale, *tail):
+        _together(mu=mu, rho=rho, key=key, prior_loc=prior_loc, prior_scale=prior_scale, grad_weight=grad_w, grad_kl=grad_kl)
         return _like(mu), _like(rho)
 
     @torch.library.register_fake("bnn_fast::_kl_normal")
     def _(mu, rho, prior_loc, prior_scale, loc, prior_sd, scale, reduce):
+        _together(mu=mu, rho=rho, prior_loc=prior_loc, prior_scale=prior_scale)
         return _scalar(mu) if reduce else _like(mu)
 
     @torch.library.register_fake("bnn_fast::_kl_normal_backward")
-    def _(grad, mu, rho, *tail):
+    def _(grad, mu, rho, prior_loc, prior_scale, *tail):
+        _together(mu=mu, rho=rho, prior_loc=prior_loc, prior_scale=prior_scale, grad=grad)
         return _like(mu), _like(rho)
 
+    def _layer_together(x, weight_mu, weight_rho, bias_mu, bias_rho, key, weight_loc, weight_sd, bias_loc, bias_sd, **grads):
+        _together(weight_mu=weight_mu, weight_rho=weight_rho, bias_mu=bias_mu, bias_rho=bias_rho, x=x, key=key,
+                  weight_loc=weight_loc, weight_scale=weight_sd, bias_loc=bias_loc, bias_scale=bias_sd, **grads)
+        return weight_mu
+
     @torch.library.register_fake("bnn_fast::_variational_linear")
-    def _(x, weight_mu, *tail):
+    def _(x, *arguments):
+        weight_mu = _layer_together(x, *arguments[:9])
         return x.new_empty((*x.shape[:-1], weight_mu.shape[0])), _scalar(weight_mu)
 
     @torch.library.register_fake("bnn_fast::_variational_linear_backward")
     def _(grad_y, grad_kl, x, weight_mu, weight_rho, bias_mu, bias_rho, *tail):
+        _layer_together(x, weight_mu, weight_rho, bias_mu, bias_rho, *tail[:5], grad_y=grad_y, grad_kl=grad_kl)
+
         def or_none(tensor):
             return weight_mu.new_empty((0,)) if tensor is None else _like(tensor)
 

@@ -6,8 +6,8 @@
 //
 // Two products serve both: add_rows (y and dx) and outer_rows (dW), with vectors along the rows of the result. Of the vectors
 // that a row of n is cut into, the last ends with the row and so overlaps the one before it. A row shorter than a vector is
-// read and written beyond its end: what is read there is not used, and what is written there the rows that follow write
-// over. Where a result has one column, vectors run along the sum instead (dot_rows), and dW is formed as its transpose.
+// read and written beyond its end, into the rows that follow: what is read there is not used, and what is written there these
+// rows write over. Where no more rows follow (vectors_fit) a copy takes their place. Where a result has one column, vectors run along the sum instead (dot_rows), and dW is formed as its transpose.
 #pragma once
 
 #include "span.h"
@@ -25,6 +25,15 @@ template <class F> BNN_FN int64_t column_of(int64_t v, int64_t n) {
 }
 
 template <class F> BNN_FN int64_t vectors_of(int64_t n) { return (n + Lane<F>::width - 1) / Lane<F>::width; }
+
+// Whether the vectors of `rows` rows of n end within the `elements` that there are from the first row on.
+template <class F> BNN_FN bool vectors_fit(int64_t rows, int64_t n, int64_t elements) {
+  return n >= Lane<F>::width || (rows - 1) * n + Lane<F>::width <= elements;
+}
+
+inline void copy_floats(float* to, const float* from, int64_t n) {
+  if (n > 0) memcpy(to, from, sizeof(float) * static_cast<size_t>(n));  // not even of nothing from null
+}
 
 // Calls body.operator()<V>(v) for all vectors of a row of n, two at a time.
 template <class F, class Body> BNN_FN void for_vectors(int64_t n, Body body) {
@@ -100,10 +109,10 @@ inline void add_rows(const ScalarOf<F>* a, int64_t rows, int64_t depth, const Sc
   ScalarOf<F> last_rows[B * W];
   int64_t b = 0;
   auto block = [&]<int R>() {
-    bool fits = n >= W || (b + R - 1) * n + W <= rows * n;
+    bool fits = vectors_fit<F>(R, n, (rows - b) * n);
     ScalarOf<F>* to = fits ? y + b * n : last_rows;
     for_vectors<F>(n, [&]<int V>(int64_t v) { add_rows_at<F, R, V>(v, a + b * depth, depth, m, init, n, to); });
-    if (!fits) memcpy(y + b * n, last_rows, sizeof(ScalarOf<F>) * static_cast<size_t>(R * n));
+    if (!fits) copy_floats(y + b * n, last_rows, R * n);
     b += R;
   };
   while (b + B <= rows) block.template operator()<B>();
@@ -163,7 +172,7 @@ template <class F> inline void sum_rows(int64_t rows, const ScalarOf<F>* c, int6
 template <class F> inline void write_row(const F* vectors, int64_t n, ScalarOf<F>* row) {
   constexpr int W = Lane<F>::width;
   for (int64_t v = 0; v < vectors_of<F>(n); ++v)
-    memcpy(row + column_of<F>(v, n), vectors + v, sizeof(ScalarOf<F>) * static_cast<size_t>(n < W ? n : W));
+    copy_floats(row + column_of<F>(v, n), reinterpret_cast<const float*>(vectors + v), n < W ? n : W);
 }
 
 template <class F> inline void narrow_forward(const NarrowForward& problem, int64_t task_begin, int64_t task_end) {
@@ -199,8 +208,8 @@ template <class F> inline void narrow_backward(const NarrowBackward& problem, in
       int64_t rows = b + kRowsPerSum < end ? kRowsPerSum : end - b;
       const float *x = problem.x + b * in, *g = problem.grad_y + b * out;
       if (weight) add_rows<F>(g, rows, out, weight, nullptr, in, problem.grad_x + b * in);
-      if (out < W && b + rows == all) {  // nothing may be read beyond these
-        memcpy(last_rows, g, sizeof(float) * static_cast<size_t>(rows * out));
+      if (!vectors_fit<F>(rows, out, (all - b) * out)) {
+        copy_floats(last_rows, g, rows * out);
         g = last_rows;
       }
       outer_rows<F>(transposed ? g : x, rows, depth, transposed ? x : g, n, sums);

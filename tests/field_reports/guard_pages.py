@@ -1,0 +1,42 @@
+"""Runs layers whose tensors all lie beside unreadable pages; a program of its own, as it dies where one is touched.
+
+    python guard_pages.py BATCH,IN,OUT,SAMPLES ...     prints each case before it runs it
+"""
+from __future__ import annotations
+
+import pathlib
+import sys
+
+import torch
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+from guarded import guarded  # noqa: E402
+from kernels import KEY, plain_linear, posterior, random, raw_linear  # noqa: E402
+
+from bnn_fast import Normal  # noqa: E402
+
+OPTIONS = dict(prior=Normal(), bias_prior=Normal(), scale="softplus", kl="analytic", row_offset=0, column_offset=0)
+
+
+def run(batch: int, inputs: int, outputs: int, n_samples: int, at: str) -> None:
+    tensors = (random(n_samples * batch, inputs, seed=2), *posterior(outputs, inputs), *posterior(outputs, seed=1), KEY)
+    grad_y = random(n_samples * batch, outputs, seed=7)
+    beside = [guarded(t, at) for t in tensors]
+    grads = {"grad_y": guarded(grad_y, at), "grad_kl": guarded(torch.tensor(0.3), at)}
+    y, kl, gradients = raw_linear(*beside, **OPTIONS, n_samples=n_samples, **grads)
+    expected = plain_linear(*tensors, **OPTIONS, n_samples=n_samples, grad_y=grad_y, grad_kl=torch.tensor(0.3))
+    for got, right in zip((y, kl, *gradients), (*expected[:2], *expected[2]), strict=True):
+        torch.testing.assert_close(got, right.detach(), rtol=1e-4, atol=1e-4)
+
+
+def main(cases: list[str]) -> None:
+    torch.set_num_threads(1)
+    for case in cases:
+        for at in ("end", "begin"):
+            print(case, at, flush=True)
+            run(*map(int, case.split(",")), at)
+    print("done", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
