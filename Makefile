@@ -12,7 +12,7 @@ SETTINGS := $(TORCH) cuda=$(BNN_FAST_CUDA) architectures=$(TORCH_CUDA_ARCH_LIST)
 
 export BNN_FAST_STRICT ?= 1
 
-.PHONY: build demo demos test slow bench ptx-report gpu-check clean FORCE
+.PHONY: build demo demos test slow sanitize bench ptx-report gpu-check clean FORCE
 .DELETE_ON_ERROR:
 
 build: $(VENV)/installed
@@ -29,6 +29,10 @@ test: build
 
 slow: build
 	$(PY) -m pytest -rs -m slow
+
+# The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer, on every instruction set that the machine has.
+sanitize: build
+	$(PY) tests/sanitize.py
 
 # Side by side with other libraries, in under ten minutes on two cores. OPTIONS="--device cuda --data FOLDER"
 bench: build $(VENV)/peers

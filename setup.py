@@ -19,6 +19,10 @@ MINIMUM_TORCH = (2, 11)
 TORCH_TARGET_VERSION = "0x020b000000000000"
 MINIMUM_COMPILER = {"clang": 14, "g++": 11}
 DEFAULT_ARCHITECTURES = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
+# Under AddressSanitizer and UndefinedBehaviorSanitizer, for tests/sanitize.py.
+SANITIZE = (["-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g1",
+             "-O1"]  # with -O3 it takes the compiler minutes
+            if os.environ.get("BNN_FAST_SANITIZE") == "1" else [])
 HEADERS = sorted(glob("csrc/**/*.h", recursive=True) + glob("csrc/**/*.cuh", recursive=True))
 
 
@@ -142,7 +146,8 @@ class BuildExtension(cpp_extension.BuildExtension):
 
     def finalize_options(self):
         super().finalize_options()
-        self.build_temp = "build/objects"  # the same for every kind of install, so that each is incremental
+        # the same for every kind of install, so that each is incremental
+        self.build_temp = "build/sanitize/objects" if SANITIZE else "build/objects"
 
     def build_extensions(self):
         check_torch()
@@ -156,7 +161,7 @@ class BuildExtension(cpp_extension.BuildExtension):
         cxx = ["-std=c++20", "-O3", "-g0", "-ffp-contract=off",
                "-fvisibility=hidden", "-fvisibility-inlines-hidden", "-Wall", "-Wextra",
                "-Wno-psabi",  # vector types in signatures; none of them crosses a file
-               f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", "-DTORCH_STABLE_ONLY"]
+               f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", "-DTORCH_STABLE_ONLY", *SANITIZE]
         for folder in cpp_extension.include_paths():
             cxx += ["-isystem", folder]  # as -I, torch's headers would be warned about too
         if cuda:
@@ -206,7 +211,7 @@ setup(
             include_dirs=[os.path.abspath("csrc")],  # ninja runs elsewhere
             library_dirs=cpp_extension.library_paths(),
             libraries=["c10", "torch_cpu"],
-            extra_link_args=["-Wl,--exclude-libs,ALL"],
+            extra_link_args=["-Wl,--exclude-libs,ALL", *SANITIZE],
             language="c++",
             py_limited_api=True,
         )

@@ -154,10 +154,14 @@ BNN_FN void outer_tile(const ScalarOf<F>* w, const ScalarOf<F>* g, const ScalarO
 // The same span of a later row: rows are far apart in memory, where the processor's own prefetching does not follow.
 BNN_FN void prefetch_span(const Posterior& p, const Span& span, int64_t rows_ahead) {
   if (span.row + rows_ahead >= p.rows) return;
-  int64_t begin = ((span.row + rows_ahead) * p.columns + span.first) * size_of(p.type);
-  for (int64_t b = 0; b < span.width * size_of(p.type); b += 64) {
-    __builtin_prefetch(static_cast<const char*>(p.mu) + begin + b);
-    __builtin_prefetch(static_cast<const char*>(p.rho) + begin + b);
+  // As integers: a span may begin before its row, where no pointer may point.
+  auto begin = static_cast<uintptr_t>(((span.row + rows_ahead) * p.columns + span.first) * size_of(p.type));
+  auto prefetch = [&](const void* data, uintptr_t b) {
+    __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(data) + begin + b));
+  };
+  for (uintptr_t b = 0; b < static_cast<uintptr_t>(span.width * size_of(p.type)); b += 64) {
+    prefetch(p.mu, b);
+    prefetch(p.rho, b);
   }
 }
 
