@@ -7,8 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from ..priors import Normal
-from .modes import ORDINARY, Mode, checkpoint, entered
+from .modes import ORDINARY, Mode, checkpoint, entered, stack, top_hooks
 from .state import Local, Record, Shared, State, fresh_key
+
+
+_graph_task = torch._C._current_graph_task_id
 
 
 class Pair(NamedTuple):
@@ -29,6 +32,7 @@ class VariationalLayer(nn.Module):
     """
 
     names: tuple[str, ...]      # of the tensors
+    prior_tensors: bool         # whether there are any
 
     def __init__(self):
         super().__init__()
@@ -44,7 +48,7 @@ class VariationalLayer(nn.Module):
         raise NotImplementedError
 
     def priors(self) -> tuple[Tensor | None, ...]:
-        """The tensors that priors are made of."""
+        """The tensors that priors are made of, None for those of numbers."""
         raise NotImplementedError
 
     def options(self) -> tuple:
@@ -76,6 +80,9 @@ class VariationalLayer(nn.Module):
 
     def identities(self) -> list[tuple[int, ...]]:
         """For each pair what tells it from those of other layers, as long as the layers live."""
+        if "parametrizations" not in self._modules:
+            tensors = self.tensors()
+            return [(id(mu), id(rho)) for mu, rho in zip(tensors[::2], tensors[1::2]) if mu is not None]
         names = [name for name in self.names if self._parameters.get(name, name) is not None]
         return [tuple(map(id, (*self.sources(mu), *self.sources(rho)))) for mu, rho in zip(names[::2], names[1::2])]
 
@@ -89,13 +96,14 @@ class VariationalLayer(nn.Module):
         if compiling:
             mode = state.latest = self._shared.latest = state.mode
             return mode, False
-        task = torch._C._current_graph_task_id()
-        first_pass = checkpoint()
+        hooks = top_hooks(False)
+        first_pass = None if hooks is None else checkpoint(hooks)
+        task = _graph_task()
         if task != -1:
             # Usually after `with sampling(...)` was left: what counts is how the first pass was made.
             return ((first_pass and first_pass.repeat(self, task)) or entered(self, task) or state.latest
                     or self._shared.latest or ORDINARY), True
-        mode = entered(self) or ORDINARY
+        mode = entered(self) or ORDINARY if stack() else ORDINARY
         if mode.repeatable:
             state.latest = self._shared.latest = mode
         if first_pass is not None:
@@ -110,12 +118,12 @@ class VariationalLayer(nn.Module):
             return frozen
         return fresh_key(device, mode.first_sample)
 
-    def _remember(self, key: Tensor, n_samples: int, kl, compiling: bool) -> None:
-        """Keep the key and, with gradients on, the KL (see Record) of a call."""
+    def _remember(self, tensors: tuple, key: Tensor, n_samples: int, kl, compiling: bool) -> None:
+        """Keep the key and, with gradients on, the KL (see Record) of a call with these `_registered` tensors."""
         state = self._state
         state.key = key
         if torch.is_grad_enabled():
-            state.record = Record(self._registered(), self.options(), key, n_samples, kl, compiling)
+            state.record = Record(tensors, self.options(), key, n_samples, kl, compiling)
         elif compiling:
             state.record = None  # it could not be told whether it still holds
 
@@ -127,11 +135,13 @@ class VariationalLayer(nn.Module):
             return None
         return record if record.belongs_to(self._registered(), self.options()) else None
 
-    def _registered(self) -> tuple[Tensor | None, ...]:
-        """The parameters and the tensors of the priors; of what is reparametrized, what it is made of."""
-        if "parametrizations" not in self._modules:
-            return *self.tensors(), *self.priors()
-        return (*(t for name in self.names for t in self.sources(name) if isinstance(t, Tensor)), *self.priors())
+    def _registered(self, parameters: tuple[Tensor | None, ...] | None = None) -> tuple[Tensor | None, ...]:
+        """The parameters (of what is reparametrized, what it is made of) and the tensors that priors are made of."""
+        if "parametrizations" in self._modules:
+            parameters = tuple(t for name in self.names for t in self.sources(name) if isinstance(t, Tensor))
+        elif parameters is None:
+            parameters = self.tensors()
+        return parameters + self.priors() if self.prior_tensors else parameters
 
 
 def named_layers(model: nn.Module) -> list[tuple[str, VariationalLayer]]:

@@ -47,11 +47,12 @@ class Entry:
 
 
 _stack: ContextVar[tuple[Entry, ...]] = ContextVar("bnn_fast.sampling", default=())
+stack = _stack.get
 
 
 def entered(layer, task: int | None = None) -> Mode | None:
     """The mode of the innermost context over the layer (entered within this backward pass), in eager mode."""
-    for entry in reversed(_stack.get()):
+    for entry in reversed(stack()):
         if entry.active and (task is None or entry.task == task):
             mode = entry.modes.get(layer)
             if mode is not None:
@@ -64,14 +65,14 @@ def enter(layers: list, modes: list[Mode]) -> Entry:
     entry = Entry(layers, [layer._state.mode for layer in layers] if compiling else None)
     entry.put(modes)
     if not compiling:
-        _stack.set((*(e for e in _stack.get() if e.active), entry))
+        _stack.set((*(e for e in stack() if e.active), entry))
     return entry
 
 
 def innermost(entries: list[Entry]) -> Entry:
     """That of the entries which was entered last by whoever runs now, or by anybody."""
     if not torch.compiler.is_compiling():
-        for entry in reversed(_stack.get()):
+        for entry in reversed(stack()):
             if entry in entries:
                 return entry
     return entries[-1]
@@ -82,10 +83,10 @@ def leave(entry: Entry) -> bool:
     if entry.before is not None:
         entry.put(entry.before)
         return True
-    stack = [e for e in _stack.get() if e.active]
-    proper = bool(stack) and stack[-1] is entry
+    entries = [e for e in stack() if e.active]
+    proper = bool(entries) and entries[-1] is entry
     entry.active = False
-    _stack.set(tuple(e for e in stack if e is not entry))
+    _stack.set(tuple(e for e in entries if e is not entry))
     for layer in entry.layers:
         layer._state.mode = entered(layer) or ORDINARY
     return proper
@@ -107,15 +108,15 @@ class Checkpoint:
         return modes[at] if at < len(modes) else None
 
 
-def checkpoint() -> Checkpoint | None:
+top_hooks = torch._C._autograd._top_saved_tensors_default_hooks
+
+
+def checkpoint(hooks: tuple) -> Checkpoint | None:
     """That of the torch.utils.checkpoint(use_reentrant=False) around the call, in its first pass as when repeated.
 
-    It lives in torch's own frame of the checkpoint, which torch's hooks for saved tensors hold. Where they do not (a hook
-    of another kind within it, another version of torch) there is none, as with the reentrant kind.
+    It lives in torch's own frame of the checkpoint, which torch's hooks for saved tensors (top_hooks) hold. Where they do
+    not (a hook of another kind within it, another version of torch) there is none, as with the reentrant kind.
     """
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
-    if hooks is None:
-        return None
     pack = getattr(hooks[0], "_torchdynamo_orig_callable", hooks[0])
     held = dict(zip(pack.__code__.co_freevars, pack.__closure__ or ())) if hasattr(pack, "__code__") else {}
     try:

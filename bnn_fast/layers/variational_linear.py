@@ -55,6 +55,7 @@ class VariationalLinear(VariationalLayer):
         # loc and scale of the weight's prior and of the bias's, where they are numbers
         self._numbers = (*self._register_prior("prior", prior, self.weight_mu),
                          *self._register_prior("bias_prior", bias_prior, self.bias_mu))
+        self.prior_tensors = any(t is not None for t in self.priors())
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -89,7 +90,7 @@ class VariationalLinear(VariationalLayer):
         if not recomputed and not functorch:  # under torch.func the tensors are the transform's
             if "parametrizations" in self._modules:
                 kl = None  # two backward passes would walk the parametrization twice
-            self._remember(key, mode.n_samples, kl, compiling)
+            self._remember(self._registered(parameters), key, mode.n_samples, kl, compiling)
         return y
 
     def tensors(self) -> tuple:
