@@ -171,7 +171,11 @@ def test_mc_forward_with_no_rows_and_more_dimensions(twin, x):
     (lambda m, x: bf.sampling(m, first_sample=None), TypeError, "first_sample: expected an integer"),
     (lambda m, x: bf.sampling(m, n_samples=2, mean=True), ValueError,
      "mean: expected neither n_samples nor seed"),
-    (lambda m, x: bf.draw(m, None), TypeError, "seed: expected an integer"),
+    (lambda m, x: bf.draw(m, 1.0), TypeError, "seed: expected an integer"),
+    (lambda m, x: bf.draw(m, 1, first_sample=-1), ValueError, "first_sample: expected 0 to"),
+    (lambda m, x: bf.draw(m, 1, mean=True), ValueError, "mean: expected neither n_samples nor seed"),
+    (lambda m, x: bf.draw(m, first_sample=1, mean=True), ValueError, "mean: expected no first_sample"),
+    (lambda m, x: bf.sampling(m, pinned=True, mean=True), ValueError, "mean: expected neither n_samples nor seed"),
 ])
 def test_bad_arguments(x, call, error, message):
     with pytest.raises(error, match=message):

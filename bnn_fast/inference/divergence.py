@@ -21,10 +21,11 @@ def kl_divergence(model: nn.Module, reduction: str = "sum") -> Tensor | dict[str
 
     Parameters that layers share count once. A model without variational layers gives 0.
 
-    If a layer's latest call with gradients on was made with these very parameters, its KL was computed there
-    and is handed over; otherwise it is computed now. Parameters count as unchanged while their storage and
-    version are the same: writes through `.data` in place cannot be seen. Reading does not use the value up,
-    and `nll.backward()` and `kl.backward()` work in either order as well as `(nll + kl).backward()`.
+    If a layer's latest call with gradients on was made with these very parameters, its KL was computed there and is handed
+    over, once, to the first read with gradients on; every other read computes it, in one pass over the parameters.
+    Parameters count as unchanged while they, and the prior, have the same storage and version and no optimizer has made
+    a step. What writes through `.data` in place is not seen, and only by a read that comes between a call and any other
+    read. `nll.backward()` and `kl.backward()` work in either order as well as `(nll + kl).backward()`.
 
     A layer with kl="sampled" gives log q(w) - log p(w) at the weights of its latest call made with gradients
     on (the mean over its draws), where no recomputation under activation checkpointing counts; if there is
@@ -35,17 +36,7 @@ def kl_divergence(model: nn.Module, reduction: str = "sum") -> Tensor | dict[str
     if reduction == "none":
         return {f"{name}.{pair.name}" if name else pair.name: value for name, layer, new in owned
                 for pair, value in zip(_pairs(layer, new), _elementwise(layer, new))}
-    calls, values = [], []
-    for _, layer, new in owned:
-        for item in _layer_kl(layer, new):
-            (calls if isinstance(item, autograd.Call) else values).append(item)
-    if calls:
-        values.insert(0, autograd.read(calls))
-    if not values:
-        return _zero(model)
-    total = values[0]
-    for value in values[1:]:
-        total = total + value.to(total.device)
+    total = _total(model, owned, lambda layer, record: record is not None)
     if reduction == "mean":
         rhos = [pair.rho for _, layer, new in owned for pair in _pairs(layer, new)]
         counts = [functional.alive(rho).to(total.device) for rho in rhos]
@@ -53,12 +44,37 @@ def kl_divergence(model: nn.Module, reduction: str = "sum") -> Tensor | dict[str
     return total
 
 
+def kl_of_pass(model: nn.Module) -> Tensor:
+    """The KL of the pass just made within the context of pinned keys that is around: it takes over what that pass computed,
+    and nothing that an earlier one left.
+    """
+    compiling = torch.compiler.is_compiling()  # a record that holds is then the region's own
+    return _total(model, _owned(model), lambda layer, record: record is not None
+                  and (compiling or record.key is layer.mode().key))
+
+
+def _total(model: nn.Module, owned: list, holds) -> Tensor:
+    """The sum of the KLs. holds(layer, its record or None): whether the record is the one to use."""
+    calls, values = [], []
+    for _, layer, new in owned:
+        record = layer.recorded()
+        for item in _layer_kl(layer, new, record if holds(layer, record) else None):
+            (values if isinstance(item, Tensor) else calls).append(item)
+    if calls:
+        values.insert(0, autograd.read(calls))
+    if not values:
+        return _zero(model)
+    total = values[0]
+    for value in values[1:]:
+        total = total + value.to(total.device)
+    return total
+
+
 def _owned(model: nn.Module) -> list[tuple[str, VariationalLayer, list[int] | None]]:
     """(name, layer, which of its pairs no layer before it has; None for all)."""
     seen, owned = set(), []
     for name, layer in named_layers(model):
-        tensors = layer.tensors()
-        pairs = [(id(mu), id(rho)) for mu, rho in zip(tensors[::2], tensors[1::2]) if mu is not None]
+        pairs = layer.identities()
         new = [i for i, pair in enumerate(pairs) if pair not in seen]
         seen.update(pairs)
         if new:
@@ -71,17 +87,11 @@ def _pairs(layer: VariationalLayer, which: list[int] | None) -> list[Pair]:
     return pairs if which is None else [pairs[i] for i in which]
 
 
-def _layer_kl(layer: VariationalLayer, which: list[int] | None) -> list:
+def _layer_kl(layer: VariationalLayer, which: list[int] | None, record: Record | None) -> list:
     """The KL of these pairs of the layer: calls to be read, or tensors."""
-    record = layer.recorded()
-    if record is not None and record.kl is not None and which is None:
-        kl = record.kl
-        if not torch.compiler.is_compiling():
-            if isinstance(kl, autograd.Call):
-                return [kl]
-        elif kl.requires_grad or not any(p is not None and p.requires_grad for p in record.parameters):
-            record.kl = None  # a later region must not take it for its own
-            return [kl]
+    kl = None if record is None or which is not None else record.hand_over()
+    if kl is not None:
+        return [kl]
     if layer.kl == "analytic":
         return [_analytic(pair, layer.scale) for pair in _pairs(layer, which)]
     key, n_samples = _key(layer, record)
@@ -91,7 +101,7 @@ def _layer_kl(layer: VariationalLayer, which: list[int] | None) -> list:
 def _key(layer: VariationalLayer, record: Record | None) -> tuple[Tensor, int]:
     if record is not None:
         return record.key, record.n_samples
-    mode = layer._state.mode
+    mode = layer.mode()
     return layer._key(mode, layer.device), mode.n_samples
 
 

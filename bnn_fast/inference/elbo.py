@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import checks
-from .divergence import kl_divergence
-from .sampling import mc_forward
+from .divergence import kl_of_pass
+from .sampling import Draws, repeated, single
 
 __all__ = ["ELBO"]
 
@@ -22,6 +22,9 @@ class ELBO(nn.Module):
         n_data: rows of the whole training set, not of a batch: the KL belongs to all of them.
         kl_weight: 1 is the ELBO itself. A number, or a callable of the step (0, 1, 2, ...; `linear_warmup`,
             `blundell_weights`). The step counts the calls made with gradients on; `step` may be set.
+        seed: pins the draws of every call to those of `mc_forward(..., seed=seed)`, as L-BFGS and line searches need, whose
+            loss must be a function; `elbo.seed` may be set. None draws anew at every call, or as a context around says.
+        vectorized: False makes one call of the model a draw, as `mc_forward` does.
 
     `elbo(x, y, n_samples=1)`: x [B, ...], y the targets [B, ...] -> scalar. The NLL is summed over the
     outputs of a row and averaged over rows and draws; one draw (of each sample) holds for a whole call.
@@ -32,7 +35,8 @@ class ELBO(nn.Module):
     """
 
     def __init__(self, model: nn.Module, likelihood: nn.Module, n_data: int,
-                 kl_weight: float | Callable[[int], float] = 1.0):
+                 kl_weight: float | Callable[[int], float] = 1.0, *, seed: int | None = None,
+                 vectorized: bool = True):
         super().__init__()
         if isinstance(n_data, bool) or not isinstance(n_data, (int, float)) or not n_data > 0:
             raise ValueError("n_data: expected the positive number of training rows, "
@@ -42,14 +46,28 @@ class ELBO(nn.Module):
             raise TypeError("kl_weight: expected a number or a callable of the step, "
                             f"given {checks.describe(kl_weight)}")
         self.model, self.likelihood, self.n_data, self.kl_weight = model, likelihood, n_data, kl_weight
+        self.seed, self.vectorized = seed, vectorized
         self.step = 0
         self.nll = self.kl = None
 
     def forward(self, x: Tensor, y: Tensor, n_samples: int = 1) -> Tensor:
-        nll = self.likelihood(mc_forward(self.model, x, n_samples), y).mean()
-        kl = kl_divergence(self.model)
+        outputs, kl = self._pass(x, n_samples)
+        nll = self.likelihood(outputs, y).mean()
         self.nll, self.kl = nll.detach(), kl.detach()
         return nll + kl * (self._weight() / self.n_data)
+
+    def _pass(self, x: Tensor, n_samples: int) -> tuple[Tensor, Tensor]:
+        """(outputs [S, B, ...] of the draws, the KL)."""
+        checks.positive_int("n_samples", n_samples)
+        checks.batch("x", x)
+        with Draws(self.model, n_samples, self.seed) as draws:
+            if self.vectorized:
+                return repeated(self.model, x, n_samples), kl_of_pass(self.model)
+            outputs, kls = [], []
+            for s in range(n_samples):
+                outputs.append(single(self.model, x, draws, s))
+                kls.append(kl_of_pass(self.model))  # a sampled one is that of this draw
+            return torch.stack(outputs), sum(kls) / n_samples
 
     def _weight(self) -> float:
         if not callable(self.kl_weight):

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..layers.base import named_layers
+from .evaluation import evaluation
 from .prediction import Prediction, prediction_class
-from .sampling import pinned, repeated, sampling
+from .sampling import Draws, repeated, single
 
 __all__ = ["predict"]
 
@@ -22,66 +23,104 @@ _NUMBERS = 2 ** 22     # in x
 _WEIGHTS = 2 ** 24     # of one layer, the draws counted
 _BLOCK = 2 ** 18       # outputs that are taken into the mean and the variance at a time
 _BAR_AFTER = 2.0       # seconds
+_HALVES = (torch.bfloat16, torch.float16)
 
 
 @torch.no_grad()
 def predict(model: nn.Module, x: Tensor, likelihood: nn.Module | None = None, n_samples: int = 100,
             seed: int | None = None, batch_size: int | None = None,
-            progress: bool | None = False) -> Prediction:
+            progress: bool | None = False, *, mean: bool = False, vectorized: bool = True) -> Prediction:
     """The predictive distribution of `model` at x, from n_samples posterior draws.
 
     Args:
-        model: any module, x [B, ...] -> outputs [B, ...]. It runs in evaluation mode and without gradients;
-            the mode of each of its modules is restored, also after an error or Ctrl-C.
+        model: any module, x [B, ...] -> outputs [B, ...]. It runs in evaluation mode and without gradients. The mode of
+            its modules does not change for other threads, nor afterwards (within torch.compile and where else
+            `inference.evaluation` says, it is restored, also after an error or Ctrl-C).
         x: [B, ...].
         likelihood: None, for the outputs themselves; or the Gaussian, HeteroscedasticGaussian, Bernoulli or
             Categorical that the model was trained with.
         n_samples: S, the number of draws.
-        seed: draw s is that of `sampling(model, seed=seed, first_sample=s)`; without one a fresh seed holds
-            for the whole call.
+        seed: draw s is that of `sampling(model, seed=seed, first_sample=s)`. Without one, an explicit mode counts: within
+            `sampling(model, seed=a)` the draws are those of seed a, within `sampling(model, pinned=True)` those of the
+            block's, whose first is the block's network; within `sampling(model, mean=True)` and after `freeze` there is one
+            network, of which S draws are S times the same, computed once: std is 0. Otherwise a fresh seed holds for
+            the whole call.
         batch_size: the most rows to go through `model` in one call, draws counted; by default 16,384, or
             fewer if a row of x is large. The noise does not depend on it, the outputs only by rounding.
         progress: whether to show a bar (of tqdm); None shows it after two seconds.
+        mean: predict with the means of the weights: one network, as above. Without a seed.
+        vectorized: False makes one call a draw, for models whose dimension 0 is not a batch of independent rows (the nodes
+            of a graph, time first): several draws cannot be stacked there. All rows of x then go through in one call, unless
+            batch_size is given, and dimension 0 of the outputs may be anything.
 
     Returns a `Prediction`; with a likelihood a `GaussianPrediction` or a `ClassPrediction`. Mean and variance
     are summed up as the draws come, in float64 and for any S. The draws themselves, which quantiles need, are
     kept up to 1 GiB. Beyond the draws and the results, memory does not grow with S or B.
 
-    Raises ValueError or TypeError naming the argument, what was given and what was expected;
-    ModuleNotFoundError if a progress bar is asked for without tqdm.
+    Raises ValueError or TypeError naming the argument, what was given and what was expected, also where a draw comes out
+    otherwise among several than alone (the rows of the model's dimension 0 mix); ModuleNotFoundError if a progress bar is asked for without tqdm.
     """
     checks.batch("x", x)
     checks.positive_int("n_samples", n_samples)
     kind = prediction_class(likelihood)
-    n_rows, n_draws = _chunk(model, x, batch_size)
+    n_rows, n_draws = _chunk(model, x, batch_size, vectorized)
     kept, pieces, first_row = None, [], 0
-    draws = pinned(model, n_samples, seed)
-    with _bar(len(x) * n_samples, progress) as bar, _evaluation(model), draws:
-        for rows in x.split(n_rows):
-            moments = Moments()
-            for first, block in _blocks(model, rows, draws, n_samples, n_draws, bar):
-                if not pieces and not first:
-                    kept = _room(block, n_samples, len(x))
-                moments.add(*kind.terms(block, likelihood))
-                if kept is not None:
-                    kept[first:first + len(block), first_row:first_row + len(rows)] = block
-            pieces.append(moments)
-            first_row += len(rows)
-    return kind(kept, Moments.joined(pieces), likelihood, block.dtype)
+    with evaluation(model), Draws(model, n_samples, seed, mean, frozen=True) as draws:
+        n_calls = 1 if draws.one else n_samples
+        with _bar(len(x) * n_calls, progress) as bar:
+            for rows in x.split(n_rows):
+                moments = Moments()
+                for first, block in _blocks(model, rows, draws, n_calls, n_draws if vectorized else None, bar, not pieces):
+                    if not pieces and not first:
+                        kept = _room(block, n_calls, len(x) if n_rows < len(x) else block.shape[1])
+                    moments.add(*kind.terms(block, likelihood))
+                    if kept is not None:
+                        kept[first:first + len(block), first_row:first_row + block.shape[1]] = block
+                pieces.append(moments)
+                first_row += len(rows)
+    whole = Moments.joined(pieces)
+    if draws.one:
+        whole.count = n_samples
+        kept = None if kept is None else kept.expand(n_samples, *kept.shape[1:])
+    return kind(kept, whole, likelihood, block.dtype)
 
 
-def _blocks(model: nn.Module, rows: Tensor, draws: sampling, n_samples: int, n_draws: int, bar):
-    """(first draw, outputs [n, b, ...] of this and the following draws) for the given rows."""
+def _blocks(model: nn.Module, rows: Tensor, draws: Draws, n_samples: int, n_draws: int | None, bar, checking: bool):
+    """(first draw, outputs [n, b, ...] of this and the following draws) for the given rows; n_draws of them in one call, or
+    each in a call of its own (None)."""
     first, pending, size = 0, [], 0
-    for s in range(0, n_samples, n_draws):
-        count = min(n_draws, n_samples - s)
-        draws._move(s, count)
-        pending.append(_checked(repeated(model, rows, count)))
+    for s in range(0, n_samples, n_draws or 1):
+        count = min(n_draws or 1, n_samples - s)
+        draws.move(s, count)
+        y = single(model, rows, draws, s)[None] if n_draws is None else repeated(model, rows, count)
+        pending.append(_checked(y))
+        if checking and s == 0 and count > 1 and draws.any:
+            _check_rows_apart(model, rows, draws, y[-1], count - 1)
         bar.update(count * len(rows))
         size += pending[-1].numel()
         if size >= _BLOCK or s + count == n_samples:
             yield first, torch.cat(pending)
             first, pending, size = s + count, [], 0
+
+
+def _check_rows_apart(model: nn.Module, rows: Tensor, draws: Draws, among: Tensor, s: int) -> None:
+    """ValueError if draw s, the last of a call, differs from the same draw in a call of its own by more than rounding."""
+    alone = single(model, rows, draws, s)
+    low = among.dtype in _HALVES or torch.is_autocast_enabled(among.device.type) or any(
+        p.dtype in _HALVES for p in model.parameters())
+    tolerance = 0.1 if low else 1e-6 if among.dtype == torch.float64 else 0.02  # TensorFloat-32 has ten bits
+
+    def differ(a: Tensor, b: Tensor) -> bool:
+        a, b = a.double(), b.double()
+        size = torch.maximum(a.abs().mean(), b.abs().mean())
+        return bool((a - b).abs().mean() > tolerance * size)
+
+    # A model that draws otherwise too (dropout that is always on) is never the same.
+    if (alone.shape != among.shape or differ(among, alone)) and not differ(alone, single(model, rows, draws, s)):
+        raise ValueError(
+            "model: expected outputs whose rows do not depend on the other rows, as several draws are stacked along dimension "
+            "0, but rows of different draws mix: a draw comes out otherwise alone. If dimension 0 is not the batch (nodes of "
+            "a graph, time), use vectorized=False")
 
 
 class Moments:
@@ -120,8 +159,10 @@ class Moments:
         return whole
 
 
-def _chunk(model: nn.Module, x: Tensor, batch_size: int | None) -> tuple[int, int]:
+def _chunk(model: nn.Module, x: Tensor, batch_size: int | None, vectorized: bool) -> tuple[int, int]:
     """(rows, draws) of one call."""
+    if batch_size is None and not vectorized:
+        return max(1, len(x)), 1
     if batch_size is None:
         rows = min(_ROWS, max(1, _NUMBERS // max(1, x.shape[1:].numel())))
         together = min(rows, _ROWS_OF_SEVERAL_DRAWS)
@@ -136,25 +177,13 @@ def _checked(y: Tensor) -> Tensor:
     """The outputs, in float32 at least."""
     if not y.is_floating_point():
         raise TypeError(f"model: expected floating-point outputs, given {checks.describe(y)}")
-    return y.float() if y.dtype in (torch.bfloat16, torch.float16) else y
+    return y.float() if y.dtype in _HALVES else y
 
 
 def _room(block: Tensor, n_samples: int, rows: int) -> Tensor | None:
     """For the outputs of all draws, if they may be kept."""
     shape = torch.Size((n_samples, rows, *block.shape[2:]))
     return block.new_empty(shape) if shape.numel() * block.element_size() <= KEPT_BYTES else None
-
-
-@contextlib.contextmanager
-def _evaluation(model: nn.Module):
-    """Evaluation mode; afterwards every module has its own mode again."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 class _NoBar(contextlib.AbstractContextManager):

@@ -2,16 +2,15 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 
 import torch
 from torch import Tensor, nn
 
 from .. import checks
-from ..layers.base import named_layers
-from ..layers.state import Mode, fresh_key
-
-_WRAPPERS = ("module", "_orig_mod")
+from ..layers.base import VariationalLayer, named_layers
+from ..layers.modes import Mode, enter, innermost, leave
+from ..layers.state import fresh_key
+from .seeds import first_with_parameters, layer_seeds
 
 __all__ = ["sampling", "mc_forward", "draw", "freeze", "unfreeze"]
 
@@ -26,18 +25,23 @@ class sampling:
             over all of them.
         seed: an integer pins the draw: the same seed gives the same network, on any device and whatever the
             order of calls. A layer's own seed comes from sha256 of (seed, its qualified name in `model`),
-            where the names that wrappers add (`module.`, `_orig_mod.`) do not count. Without a seed every
-            call of a layer draws anew.
+            where the names that torch's wrappers add (`module.`, `_orig_mod.` and so on) do not count. Without
+            a seed every call of a layer draws anew.
         first_sample: number of the first draw: draw s of this context is draw s + first_sample of the seed.
         mean: use the means of the weights and draw nothing.
+        pinned: without a seed, draw on entering, and keep that draw to the end: one network for a recurrent loop.
 
     Layers that share their parameters have one draw, that of the first name. Contexts nest, the inner one
-    counting for the layers it covers, and hold for the thread that entered them. Recomputation by activation
-    checkpointing, which runs in the backward pass, draws as the layer's latest call before it did.
+    counting for the layers it covers. They hold for the thread, and the task of asyncio, that entered them (tasks started
+    within take them along until they end) and have to be left in the reverse order: RuntimeError otherwise, as when two
+    generators, which share the variables of whoever runs them, overlap. `mc_forward`, `ELBO`, `predict` and `draw` without
+    a seed take that of a context around them, or its means. Recomputation by activation checkpointing, which runs in the
+    backward pass, draws as in the first pass; with use_reentrant=True, as in the layer's latest call before the backward
+    pass.
     """
 
     def __init__(self, model: nn.Module, n_samples: int = 1, seed: int | None = None, first_sample: int = 0,
-                 mean: bool = False):
+                 mean: bool = False, pinned: bool = False):
         checks.positive_int("n_samples", n_samples)
         if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
             raise TypeError(f"seed: expected an integer or None, given {checks.describe(seed)}")
@@ -45,74 +49,119 @@ class sampling:
             raise TypeError(f"first_sample: expected an integer, given {checks.describe(first_sample)}")
         if not 0 <= first_sample <= 2 ** 32 - n_samples:
             raise ValueError(f"first_sample: expected 0 to 2^32 - n_samples, given {first_sample}")
-        if mean and (n_samples != 1 or seed is not None):
-            raise ValueError("mean: expected neither n_samples nor seed beside it, "
-                             f"given n_samples={n_samples}, seed={seed}")
+        if mean and (n_samples != 1 or seed is not None or pinned):
+            raise ValueError("mean: expected neither n_samples nor seed nor pinned beside it, "
+                             f"given n_samples={n_samples}, seed={seed}, pinned={pinned}")
         self.model, self.n_samples, self.seed = model, n_samples, seed
-        self.first_sample, self.mean = first_sample, mean
-        self._left: list[list] = []
+        self.first_sample, self.mean, self.pinned = first_sample, mean, pinned
+        self._entries: list = []
 
     def __enter__(self):
         layers = named_layers(self.model)
-        keys = [None] * len(layers) if self.seed is None else self._keys(layers)
-        self._left.append([(layer, layer._state.mode) for _, layer in layers])
-        for (_, layer), key in zip(layers, keys):
-            layer._state.mode = Mode(self.n_samples, self.first_sample, key, self.mean)
+        self._entries.append(enter([layer for _, layer in layers], self._modes(layers)))
         return self
 
-    def __exit__(self, *exception):
-        for layer, mode in self._left.pop():
-            layer._state.mode = mode
+    def __exit__(self, kind, *exception):
+        entry = innermost(self._entries)
+        self._entries.remove(entry)
+        if not leave(entry) and kind is None:
+            raise RuntimeError("sampling: left before a context that was entered after it, or not by the thread or task that "
+                               "entered it: calls in between may have drawn as the other context says")
 
-    def _move(self, first_sample: int, n_samples: int) -> None:
-        """Within the context of a pinned draw, go on to others: the keys are written in place."""
-        for layer, _ in self._left[-1]:
-            mode = layer._state.mode
-            mode.key[1:].fill_(first_sample)
-            if mode.n_samples != n_samples:
-                layer._state.mode = mode._replace(n_samples=n_samples)
+    def _modes(self, layers: list[tuple[str, VariationalLayer]]) -> list[Mode]:
+        """How each of the layers is to draw."""
+        if self.seed is None and not self.pinned:
+            return [Mode(self.n_samples, self.first_sample, None, self.mean)] * len(layers)
+        seeds = None if self.seed is None else layer_seeds([name for name, _ in layers], self.seed)
+        modes = []
+        for i, ((_, layer), first) in enumerate(zip(layers, first_with_parameters(layers))):
+            modes.append(modes[first] if first != i else Mode(
+                self.n_samples, self.first_sample, self._key(layer, seeds and seeds[i])))
+        return modes
 
-    def _keys(self, layers) -> list[Tensor]:
-        seeds = _layer_seeds([name for name, _ in layers], self.seed)
-        keys = []
-        for (_, layer), first in zip(layers, _first_with_parameters(layers)):
-            # not torch.tensor([...], device=...), which waits for the device
-            key = torch.full((2,), self.first_sample, dtype=torch.int64, device=layer.device)
-            key[:1].fill_(seeds[first])
-            keys.append(key)
-        return keys
-
-
-class _fresh(sampling):
-    """`sampling` under keys drawn on entering: one draw for as long as the context lasts."""
-
-    def __enter__(self):
-        self.seed = 0  # any, so that the keys are pinned
-        return super().__enter__()
-
-    def _keys(self, layers) -> list[Tensor]:
-        keys = []
-        for i, ((_, layer), first) in enumerate(zip(layers, _first_with_parameters(layers))):
-            keys.append(fresh_key(layer.device, self.first_sample) if first == i else keys[first])
-        return keys
+    def _key(self, layer: VariationalLayer, seed: int | None) -> Tensor:
+        if seed is None:
+            return fresh_key(layer.device, self.first_sample)
+        # not torch.tensor([...], device=...), which waits for the device
+        key = torch.full((2,), self.first_sample, dtype=torch.int64, device=layer.device)
+        key[:1].fill_(seed)
+        return key
 
 
-def pinned(model: nn.Module, n_samples: int, seed: int | None) -> sampling:
-    """The context of one seed: the one given, or where it is None a fresh one."""
-    return _fresh(model, n_samples) if seed is None else sampling(model, n_samples, seed)
+class Draws(sampling):
+    """`sampling` for the draws of one call: those of the seed; without one, as an explicit context around says, and with
+    `frozen` as `freeze` does; else fresh ones, pinned for as long as the context lasts.
+
+    `any`: whether there are layers that are drawn; `one`: whether there are layers, and all have but one network for
+    all draws.
+    """
+
+    def __init__(self, model: nn.Module, n_samples: int, seed: int | None, mean: bool = False, frozen: bool = False):
+        super().__init__(model, 1 if mean else n_samples, seed, mean=mean, pinned=not mean)
+        self._frozen = frozen
+
+    def _modes(self, layers: list[tuple[str, VariationalLayer]]) -> list[Mode]:
+        found = [self._around(layer) for _, layer in layers]
+        if None in found:
+            drawn = super()._modes(layers)
+            found = [mode or new for mode, new in zip(found, drawn)]
+        self._first = found
+        self.any = not all(mode.one for mode in found)
+        self.one = bool(found) and not self.any
+        return found
+
+    def _around(self, layer: VariationalLayer) -> Mode | None:
+        """What is decided already for the layer."""
+        mode = Mode(mean=True) if self.mean else layer.mode()
+        if mode.mean:
+            if self.seed is not None:
+                raise ValueError("seed: expected None within sampling(mean=True), where nothing is drawn, "
+                                 f"given {self.seed}")
+            return mode._replace(one=True)
+        if self.seed is not None:
+            return None
+        if mode.key is not None:
+            if mode.first_sample + self.n_samples > 2 ** 32:
+                raise ValueError("n_samples: expected draws up to number 2^32, "
+                                 f"given {self.n_samples} from {mode.first_sample} on")
+            return mode if mode.one else mode._replace(n_samples=self.n_samples)
+        if self._frozen and not mode.explicit and layer.frozen_key is not None:
+            return Mode(key=layer.frozen_key, one=True)
+        return None
+
+    def move(self, first_sample: int, n_samples: int) -> None:
+        """Go on to other draws."""
+        repeatable = torch.is_grad_enabled()
+        modes = []
+        for mode in self._first:
+            if not mode.one:
+                first = mode.first_sample + first_sample
+                key = mode.key.clone()  # earlier draws' backward passes read theirs
+                key[1:].fill_(first)
+                mode = mode._replace(n_samples=n_samples, first_sample=first, key=key)
+            modes.append(mode._replace(repeatable=repeatable))
+        self._entries[-1].put(modes)
 
 
-def mc_forward(model: nn.Module, x: Tensor, n_samples: int, seed: int | None = None) -> Tensor:
-    """n_samples posterior draws of the outputs in one call of `model`: x [B, ...] -> [n_samples, B, ...].
+def mc_forward(model: nn.Module, x: Tensor, n_samples: int, seed: int | None = None, *,
+               vectorized: bool = True) -> Tensor:
+    """n_samples posterior draws of the outputs: x [B, ...] -> [n_samples, B, ...].
 
-    The weights are those of `sampling(model, n_samples, seed)`; without a seed a fresh one holds for the
-    call. x is repeated along dimension 0, which has to be the batch in every module of `model`; ValueError if
-    the output has another size there. `predict` does the same in pieces, for any number of draws.
+    The weights are those of `sampling(model, n_samples, seed)`; without a seed those of a context around, or a fresh seed
+    holds for the call. All draws are made in one call of `model`, on x repeated along dimension 0, which has to be the
+    batch in every module of it; ValueError if the output has another size there.
+
+    vectorized: False makes one call a draw, on x itself, for models whose dimension 0 is something else (time, the nodes
+        of a graph). The output may then have any shape.
+
+    `predict` does the same in pieces, for any number of draws.
     """
     checks.positive_int("n_samples", n_samples)
     checks.batch("x", x)
-    with pinned(model, n_samples, seed):
-        return repeated(model, x, n_samples)
+    with Draws(model, n_samples, seed) as draws:
+        if vectorized:
+            return repeated(model, x, n_samples)
+        return torch.stack([single(model, x, draws, s) for s in range(n_samples)])
 
 
 def repeated(model: nn.Module, x: Tensor, n_samples: int) -> Tensor:
@@ -125,28 +174,45 @@ def repeated(model: nn.Module, x: Tensor, n_samples: int) -> Tensor:
     return y.reshape(n_samples, rows, *y.shape[1:])
 
 
+def single(model: nn.Module, x: Tensor, draws: Draws, s: int) -> Tensor:
+    """model on x under draw s alone."""
+    draws.move(s, 1)
+    y = model(x)
+    if not isinstance(y, Tensor):
+        raise TypeError(f"model: expected a tensor as output, given {checks.describe(y)}")
+    return y
+
+
 @torch.no_grad()
-def draw(model: nn.Module, seed: int) -> nn.Module:
+def draw(model: nn.Module, seed: int | None = None, first_sample: int = 0, mean: bool = False) -> nn.Module:
     """One posterior draw as an ordinary module: a copy of `model` with nn.Linear for VariationalLinear.
 
-    Its weights are bit for bit those of `sampling(model, seed=seed)`.
+    Its weights are bit for bit those of `sampling(model, seed=seed, first_sample=first_sample)`, and so those of draw
+    number first_sample of `predict(model, ..., seed=seed)`; with mean=True they are the means. Without a seed they are as a
+    context around or `freeze` says, or else drawn anew.
     """
-    if seed is None:
-        raise TypeError("seed: expected an integer, given None")
+    sampling(model, 1, seed, first_sample, mean)  # checks them
+    if mean and first_sample != 0:
+        raise ValueError(f"mean: expected no first_sample beside it, given first_sample={first_sample}")
     layers = named_layers(model)
-    keys = sampling(model, seed=seed)._keys(layers)
+    draws = Draws(model, 1, seed, mean, frozen=True)
+    with draws:
+        if not mean:
+            draws.move(first_sample, 1)
+        drawn = {id(layer): layer.drawn(layer.mode().key) for _, layer in layers}
     # deepcopy takes what its memo holds for a layer wherever it meets the layer
-    return copy.deepcopy(model, {id(layer): layer.drawn(key) for (_, layer), key in zip(layers, keys)})
+    return copy.deepcopy(model, drawn)
 
 
 def freeze(model: nn.Module) -> None:
     """Keep the noise of each layer's latest draw in this thread (or of a new one) until `unfreeze`.
 
     The weights still follow mu and rho. The key is copied and moved with the layer and is not in the
-    state_dict. Within `sampling`, and so in `mc_forward` and `ELBO`, it does not count.
+    state_dict. `predict` and `draw` without a seed then have that one network. Within `sampling`, and so in
+    `mc_forward` and `ELBO`, it does not count.
     """
     layers = named_layers(model)
-    for (_, layer), first in zip(layers, _first_with_parameters(layers)):
+    for (_, layer), first in zip(layers, first_with_parameters(layers)):
         key = layers[first][1]._state.key
         layer.frozen_key = fresh_key(layer.device, 0) if key is None else key.to(layer.device, copy=True)
 
@@ -155,22 +221,3 @@ def unfreeze(model: nn.Module) -> None:
     """Undo `freeze`: every call draws anew."""
     for _, layer in named_layers(model):
         layer.frozen_key = None
-
-
-def _layer_seeds(names: list[str], seed: int) -> list[int]:
-    """The layers' 64-bit seeds: the first eight bytes of sha256("seed:name"), little endian."""
-    seeds, taken = [], set()
-    for name in names:
-        plain = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
-        if plain in taken:  # a module that really is called like a wrapper
-            plain = name
-        taken.add(plain)
-        digest = hashlib.sha256(f"{seed}:{plain}".encode()).digest()
-        seeds.append(int.from_bytes(digest[:8], "little", signed=True))
-    return seeds
-
-
-def _first_with_parameters(layers) -> list[int]:
-    """For each layer the index of the first one with the same parameters."""
-    first = {}
-    return [first.setdefault(tuple(map(id, layer.tensors()[:2])), i) for i, (_, layer) in enumerate(layers)]

@@ -6,9 +6,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..operators.autograd import Call
 from ..priors import Normal
-from .state import Local, Mode, Record, Shared, State, fresh_key, versions
+from .modes import ORDINARY, Mode, checkpoint, entered, stack, top_hooks
+from .state import Local, Record, Shared, State, fresh_key
+
+
+_graph_task = torch._C._current_graph_task_id
 
 
 class Pair(NamedTuple):
@@ -23,10 +26,13 @@ class Pair(NamedTuple):
 class VariationalLayer(nn.Module):
     """Base of the layers whose weights are drawn at every call.
 
-    A layer has `scale` and `kl` (what rho means, which KL), `tensors()` and `pairs()`, `drawn(key)` (the
-    ordinary module that it is under a key), and a forward that asks `_mode` and `_key` how to draw and lets
-    `_remember` keep the KL.
+    A layer has `scale` and `kl` (what rho means, which KL), `tensors()`, `names` of theirs, and `pairs()`, `options()`,
+    `drawn(key)` (the ordinary module that it is under a key, or at the means), and a forward that asks `_mode` and
+    `_key` how to draw and lets `_remember` keep the KL.
     """
+
+    names: tuple[str, ...]      # of the tensors
+    prior_tensors: bool         # whether there are any
 
     def __init__(self):
         super().__init__()
@@ -41,8 +47,28 @@ class VariationalLayer(nn.Module):
     def pairs(self) -> list[Pair]:
         raise NotImplementedError
 
-    def drawn(self, key: Tensor) -> nn.Module:
+    def priors(self) -> tuple[Tensor | None, ...]:
+        """The tensors that priors are made of, None for those of numbers."""
         raise NotImplementedError
+
+    def options(self) -> tuple:
+        """What the KL depends on beside the tensors."""
+        raise NotImplementedError
+
+    def drawn(self, key: Tensor | None) -> nn.Module:
+        raise NotImplementedError
+
+    def sources(self, name: str) -> tuple:
+        """The registered parameters that the tensor of this name is, or by torch.nn.utils.parametrize is made of, and then
+        what makes it of them. Objects that last, unlike the tensor itself.
+        """
+        parameter = self._parameters.get(name)
+        if parameter is not None:
+            return (parameter,)
+        if name in self._modules.get("parametrizations", ()):
+            made = self.parametrizations[name]
+            return (*made.parameters(), *made)
+        return (getattr(self, name),)
 
     @property
     def _state(self) -> State:
@@ -52,13 +78,36 @@ class VariationalLayer(nn.Module):
     def device(self) -> torch.device:
         return self.tensors()[0].device
 
+    def identities(self) -> list[tuple[int, ...]]:
+        """For each pair what tells it from those of other layers, as long as the layers live."""
+        if "parametrizations" not in self._modules:
+            tensors = self.tensors()
+            return [(id(mu), id(rho)) for mu, rho in zip(tensors[::2], tensors[1::2]) if mu is not None]
+        names = [name for name in self.names if self._parameters.get(name, name) is not None]
+        return [tuple(map(id, (*self.sources(mu), *self.sources(rho)))) for mu, rho in zip(names[::2], names[1::2])]
+
+    def mode(self) -> Mode:
+        """How to draw now."""
+        return self._state.mode if torch.compiler.is_compiling() else entered(self) or ORDINARY
+
     def _mode(self, compiling: bool) -> tuple[Mode, bool]:
         """(how to draw now, whether this is a recomputation by activation checkpointing)."""
         state = self._state
-        if not compiling and torch._C._current_graph_task_id() != -1:
+        if compiling:
+            mode = state.latest = self._shared.latest = state.mode
+            return mode, False
+        hooks = top_hooks(False)
+        first_pass = None if hooks is None else checkpoint(hooks)
+        task = _graph_task()
+        if task != -1:
             # Usually after `with sampling(...)` was left: what counts is how the first pass was made.
-            return state.latest or self._shared.latest or state.mode, True
-        mode = state.latest = self._shared.latest = state.mode
+            return ((first_pass and first_pass.repeat(self, task)) or entered(self, task) or state.latest
+                    or self._shared.latest or ORDINARY), True
+        mode = entered(self) or ORDINARY if stack() else ORDINARY
+        if mode.repeatable:
+            state.latest = self._shared.latest = mode
+        if first_pass is not None:
+            first_pass.note(self, mode)
         return mode, False
 
     def _key(self, mode: Mode, device: torch.device) -> Tensor:
@@ -69,13 +118,12 @@ class VariationalLayer(nn.Module):
             return frozen
         return fresh_key(device, mode.first_sample)
 
-    def _remember(self, parameters: tuple, key: Tensor, n_samples: int, kl, compiling: bool) -> None:
-        """Keep the key and, with gradients on, the KL (see Record) of a call."""
+    def _remember(self, tensors: tuple, key: Tensor, n_samples: int, kl, compiling: bool) -> None:
+        """Keep the key and, with gradients on, the KL (see Record) of a call with these `_registered` tensors."""
         state = self._state
         state.key = key
         if torch.is_grad_enabled():
-            seen = None if compiling else kl.versions if isinstance(kl, Call) else versions(parameters)
-            state.record = Record(parameters, seen, key, n_samples, kl)
+            state.record = Record(tensors, self.options(), key, n_samples, kl, compiling)
         elif compiling:
             state.record = None  # it could not be told whether it still holds
 
@@ -85,7 +133,15 @@ class VariationalLayer(nn.Module):
         if record is None or (not torch.compiler.is_compiling()
                               and torch._C._are_functorch_transforms_active()):
             return None
-        return record if record.belongs_to(self.tensors()) else None
+        return record if record.belongs_to(self._registered(), self.options()) else None
+
+    def _registered(self, parameters: tuple[Tensor | None, ...] | None = None) -> tuple[Tensor | None, ...]:
+        """The parameters (of what is reparametrized, what it is made of) and the tensors that priors are made of."""
+        if "parametrizations" in self._modules:
+            parameters = tuple(t for name in self.names for t in self.sources(name) if isinstance(t, Tensor))
+        elif parameters is None:
+            parameters = self.tensors()
+        return parameters + self.priors() if self.prior_tensors else parameters
 
 
 def named_layers(model: nn.Module) -> list[tuple[str, VariationalLayer]]:

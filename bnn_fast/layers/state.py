@@ -1,32 +1,22 @@
-"""What a layer remembers between calls, per thread, never copied or saved: how to draw, the latest KL."""
+"""What a layer remembers between calls, per thread, never copied or saved: its mode, the latest KL."""
 from __future__ import annotations
 
 import threading
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from . import steps
+from .modes import ORDINARY
+
 _LOWEST, _HIGHEST = -2 ** 63, 2 ** 63 - 1
-
-
-class Mode(NamedTuple):
-    """How a layer draws. key: pinned, or None for a new one at every call; explicit: set by `sampling`."""
-    n_samples: int = 1
-    first_sample: int = 0
-    key: Tensor | None = None
-    mean: bool = False
-    explicit: bool = True
-
-
-ORDINARY = Mode(explicit=False)
 
 
 class State:
     """One layer's state in one thread."""
 
     def __init__(self):
-        self.mode = ORDINARY    # the innermost `sampling` over the layer
+        self.mode = ORDINARY    # the innermost `sampling` over the layer, for compiled code: see modes
         self.latest = None      # mode of the latest call outside a backward pass
         self.key = None         # key of that call
         self.record = None      # Record of the latest such call made with gradients on
@@ -57,38 +47,57 @@ class Shared:
 
 
 class Record:
-    """The KL of a call, or what it takes to have it again, and the very parameters it belongs to.
+    """The KL of a call, or what it takes to have it again, and all that it was made of.
 
-    versions is None if torch.compile made the record: they cannot be compared within a region. `kl` is what
-    there is of the KL: an `autograd.Call`, a tensor (torch.compile), or None (without the extension).
+    tensors: the registered parameters and the prior's buffers; options: whatever else the KL depends on. `versions` is
+    None if torch.compile made the record: they cannot be compared within a region. `kl` is what there is of the KL: a
+    Call, a tensor (torch.compile), or None (also when it was handed over).
     """
-    __slots__ = ("parameters", "versions", "pointers", "key", "n_samples", "kl")
+    __slots__ = ("tensors", "options", "versions", "pointers", "generation", "key", "n_samples", "kl")
 
-    def __init__(self, parameters: tuple, versions, key: Tensor, n_samples: int, kl):
-        self.parameters = parameters
-        self.versions = versions
-        self.pointers = None if versions is None else pointers(parameters)
+    def __init__(self, tensors: tuple, options: tuple, key: Tensor, n_samples: int, kl, compiling: bool):
+        self.tensors = tensors
+        self.options = options
+        self.versions = self.pointers = self.generation = None
+        if not compiling:
+            self.versions, self.pointers = versions(tensors), pointers(tensors)
+            self.generation = steps.current
         self.key = key
         self.n_samples = n_samples
         self.kl = kl
 
-    def belongs_to(self, parameters: tuple) -> bool:
-        """Whether it was made with these parameters and they are, as far as one can know, unchanged."""
-        for mine, given in zip(self.parameters, parameters):
+    def belongs_to(self, tensors: tuple, options: tuple) -> bool:
+        """Whether it was made with these tensors and they are, as far as one can know, unchanged."""
+        if len(tensors) != len(self.tensors) or options != self.options:
+            return False
+        for mine, given in zip(self.tensors, tensors):
             if mine is not given:
                 return False
         if torch.compiler.is_compiling():
             return self.versions is None  # made by this region, in all likelihood
-        return self.versions is None or (self.versions == versions(parameters)
-                                         and self.pointers == pointers(parameters))
+        return self.versions is None or (self.versions == versions(tensors)
+                                         and self.pointers == pointers(tensors))
+
+    def hand_over(self):
+        """The KL of the call: once, with gradients on, and before any optimizer's next step; else None."""
+        kl = self.kl
+        if kl is None or not torch.is_grad_enabled():
+            return None
+        if torch.compiler.is_compiling():
+            if not kl.requires_grad and any(t is not None and t.requires_grad for t in self.tensors):
+                return None
+        elif isinstance(kl, Tensor) or self.generation is not steps.current:
+            return None
+        self.kl = None  # nor must a later region take it for its own
+        return kl
 
 
-def versions(parameters: tuple) -> list:
-    return [None if p is None else p._version for p in parameters]
+def versions(tensors: tuple) -> list:
+    return [None if t is None else t._version for t in tensors]
 
 
-def pointers(parameters: tuple) -> list:
-    return [None if p is None else p.data_ptr() for p in parameters]
+def pointers(tensors: tuple) -> list:
+    return [None if t is None else t.data_ptr() for t in tensors]
 
 
 def fresh_key(device: torch.device, first_sample: int) -> Tensor:
@@ -96,4 +105,3 @@ def fresh_key(device: torch.device, first_sample: int) -> Tensor:
     key = torch.randint(_LOWEST, _HIGHEST, (2,), device=device)
     key.select(0, 1).fill_(first_sample)
     return key
-

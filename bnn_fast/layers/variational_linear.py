@@ -34,6 +34,8 @@ class VariationalLinear(VariationalLayer):
     dtype or device, or, under `sampling`, the batch is not divisible by n_samples.
     """
 
+    names = ("weight_mu", "weight_rho", "bias_mu", "bias_rho")
+
     def __init__(self, in_features: int, out_features: int, bias: bool = True, *,
                  prior: Normal = Normal(0.0, 1.0), bias_prior: Normal | None = None, scale: str = "softplus",
                  kl: str = "analytic", init: str = "default", device=None, dtype=None):
@@ -53,6 +55,7 @@ class VariationalLinear(VariationalLayer):
         # loc and scale of the weight's prior and of the bias's, where they are numbers
         self._numbers = (*self._register_prior("prior", prior, self.weight_mu),
                          *self._register_prior("bias_prior", bias_prior, self.bias_mu))
+        self.prior_tensors = any(t is not None for t in self.priors())
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -75,10 +78,8 @@ class VariationalLinear(VariationalLayer):
             y, kl = functional.plain_linear(x, *parameters, key, prior=self.prior, bias_prior=self.bias_prior,
                                             scale=self.scale, kl=None, n_samples=mode.n_samples)
         else:
-            buffers = self._buffers
             arguments = (
-                weight_mu, weight_rho, bias_mu, bias_rho, key, buffers["prior_loc"], buffers["prior_scale"],
-                buffers["bias_prior_loc"], buffers["bias_prior_scale"], *self._numbers,
+                weight_mu, weight_rho, bias_mu, bias_rho, key, *self.priors(), *self._numbers,
                 checks.SCALES[self.scale], checks.KLS[self.kl] if with_kl else 0, mode.n_samples, 0, 0)
             if compiling or functorch:
                 y, kl = autograd.LINEAR.apply(x, *arguments)
@@ -87,7 +88,9 @@ class VariationalLinear(VariationalLayer):
             else:
                 y, kl = raw.variational_linear(x, *arguments)
         if not recomputed and not functorch:  # under torch.func the tensors are the transform's
-            self._remember(parameters, key, mode.n_samples, kl, compiling)
+            if "parametrizations" in self._modules:
+                kl = None  # two backward passes would walk the parametrization twice
+            self._remember(self._registered(parameters), key, mode.n_samples, kl, compiling)
         return y
 
     def tensors(self) -> tuple:
@@ -104,12 +107,19 @@ class VariationalLinear(VariationalLayer):
             pairs.append(Pair("bias", self.bias_mu, self.bias_rho, self.bias_prior, 1))
         return pairs
 
-    def drawn(self, key: Tensor) -> nn.Linear:
-        """The nn.Linear that this layer is under `key`."""
+    def priors(self) -> tuple:
+        buffers = self._buffers
+        return (buffers["prior_loc"], buffers["prior_scale"], buffers["bias_prior_loc"], buffers["bias_prior_scale"])
+
+    def options(self) -> tuple:
+        return self._numbers, self.scale, self.kl
+
+    def drawn(self, key: Tensor | None) -> nn.Linear:
+        """The nn.Linear that this layer is under `key`; None for the one of the means."""
         linear = nn.Linear(self.in_features, self.out_features, self.bias_mu is not None, device="meta")
         for pair in self.pairs():
-            w, _ = functional.sample_normal(pair.mu, pair.rho, key, scale=self.scale, kl=None,
-                                            stream=pair.stream)
+            w = pair.mu.detach().clone() if key is None else functional.sample_normal(
+                pair.mu, pair.rho, key, scale=self.scale, kl=None, stream=pair.stream)[0]
             setattr(linear, pair.name, nn.Parameter(w))
         return linear.train(self.training)
 

@@ -1,0 +1,30 @@
+"""Which key each layer of a model has under a seed."""
+from __future__ import annotations
+
+import hashlib
+
+import torch
+
+# What torch's wrappers call the module in them: DataParallel, DistributedDataParallel and AveragedModel; torch.compile;
+# activation checkpointing and offloading; FullyShardedDataParallel.
+WRAPPERS = ("module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+
+
+@torch.compiler.assume_constant_result  # hashlib is not traced
+def layer_seeds(names: list[str], seed: int) -> list[int]:
+    """The layers' 64-bit seeds: the first eight bytes of sha256("seed:name"), little endian."""
+    seeds, taken = [], set()
+    for name in names:
+        plain = ".".join(part for part in name.split(".") if part not in WRAPPERS)
+        if plain in taken:  # a module that really is called like a wrapper
+            plain = name
+        taken.add(plain)
+        digest = hashlib.sha256(f"{seed}:{plain}".encode()).digest()
+        seeds.append(int.from_bytes(digest[:8], "little", signed=True))
+    return seeds
+
+
+def first_with_parameters(layers: list) -> list[int]:
+    """For each of named_layers the index of the first one with the same parameters."""
+    first = {}
+    return [first.setdefault(layer.identities()[0], i) for i, (_, layer) in enumerate(layers)]
