@@ -38,7 +38,7 @@ def kl_divergence(model: nn.Module, reduction: str = "sum") -> Tensor | dict[str
     calls, values = [], []
     for _, layer, new in owned:
         for item in _layer_kl(layer, new):
-            (calls if isinstance(item, autograd.Call) else values).append(item)
+            (values if isinstance(item, Tensor) else calls).append(item)
     if calls:
         values.insert(0, autograd.read(calls))
     if not values:
@@ -77,7 +77,7 @@ def _layer_kl(layer: VariationalLayer, which: list[int] | None) -> list:
     if record is not None and record.kl is not None and which is None:
         kl = record.kl
         if not torch.compiler.is_compiling():
-            if isinstance(kl, autograd.Call):
+            if not isinstance(kl, Tensor):
                 return [kl]
         elif kl.requires_grad or not any(p is not None and p.requires_grad for p in record.parameters):
             record.kl = None  # a later region must not take it for its own
@@ -95,8 +95,8 @@ def _key(layer: VariationalLayer, record: Record | None) -> tuple[Tensor, int]:
     return layer._key(mode, layer.device), mode.n_samples
 
 
-def _analytic(pair: Pair, scale: str) -> autograd.Call | Tensor:
-    if autograd.transformed() or not raw.compiled_for(pair.mu.device):
+def _analytic(pair: Pair, scale: str) -> object:
+    if autograd.nodes is None or autograd.transformed() or not raw.compiled_for(pair.mu.device):
         return functional.kl_normal(pair.mu, pair.rho, prior=pair.prior, scale=scale)
     prior = functional.prior_arguments(pair.prior)
     return autograd.kl_call((pair.mu, pair.rho, *prior, checks.SCALES[scale], True))

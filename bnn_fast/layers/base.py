@@ -6,7 +6,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..operators.autograd import Call
 from ..priors import Normal
 from .state import Local, Mode, Record, Shared, State, fresh_key, versions
 
@@ -74,7 +73,7 @@ class VariationalLayer(nn.Module):
         state = self._state
         state.key = key
         if torch.is_grad_enabled():
-            seen = None if compiling else kl.versions if isinstance(kl, Call) else versions(parameters)
+            seen = None if compiling else versions(parameters)
             state.record = Record(parameters, seen, key, n_samples, kl)
         elif compiling:
             state.record = None  # it could not be told whether it still holds

@@ -60,7 +60,7 @@ class Record:
     """The KL of a call, or what it takes to have it again, and the very parameters it belongs to.
 
     versions is None if torch.compile made the record: they cannot be compared within a region. `kl` is what
-    there is of the KL: an `autograd.Call`, a tensor (torch.compile), or None (without the extension).
+    there is of the KL: a Call of the compiled nodes, a tensor (torch.compile), or None.
     """
     __slots__ = ("parameters", "versions", "pointers", "key", "n_samples", "kl")
 
