@@ -1,6 +1,7 @@
 """Builds bnn_fast._C: one binary on LibTorch's stable ABI and Python's limited API, for every torch from 2.11
-and Python from 3.10, with the CPU kernels and, where nvcc is found, the CUDA kernels. README.md lists the
-environment variables that steer it; the package's metadata is in pyproject.toml."""
+and Python from 3.10, with the CPU kernels and, where nvcc is found, the CUDA kernels; and bnn_fast._autograd, the nodes of
+autograd's graph, for this torch and this Python alone, without which all works. README.md lists the environment variables that
+steer it; the package's metadata is in pyproject.toml."""
 
 from __future__ import annotations
 
@@ -23,6 +24,7 @@ DEFAULT_ARCHITECTURES = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
 SANITIZE = (["-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g1",
              "-O1"]  # with -O3 it takes the compiler minutes
             if os.environ.get("BNN_FAST_SANITIZE") == "1" else [])
+STRICT = os.environ.get("BNN_FAST_STRICT") == "1"  # for those who work on it: another compiler has other warnings
 HEADERS = sorted(glob("csrc/**/*.h", recursive=True) + glob("csrc/**/*.cuh", recursive=True))
 
 
@@ -153,17 +155,36 @@ class BuildExtension(cpp_extension.BuildExtension):
         check_torch()
         check_compiler()
         check_ninja()
-        self.configure(self.extensions[0], find_cuda())
+        kernels, nodes = self.extensions
+        self.configure(kernels, find_cuda())
+        nodes.extra_compile_args = {"cxx": self.cxx_flags()}
+        if SANITIZE:
+            self.extensions = [kernels]
         super().build_extensions()
+
+    def build_extension(self, extension: Extension) -> None:
+        try:
+            super().build_extension(extension)
+        except RuntimeError as error:  # torch's, where setuptools expects errors of its own
+            if not extension.optional:
+                raise
+            print(f"bnn_fast: built without autograd's nodes, small layers will be slower: {error}", flush=True)
+
+    @staticmethod
+    def cxx_flags() -> list[str]:
+        flags = ["-std=c++20", "-O3", "-g0", "-ffp-contract=off",
+                 "-fvisibility=hidden", "-fvisibility-inlines-hidden", "-Wall", "-Wextra",
+                 "-Wno-psabi"]  # vector types in signatures; none of them crosses a file
+        for folder in cpp_extension.include_paths():
+            flags += ["-isystem", folder]  # as -I, torch's headers would be warned about too
+        if STRICT:
+            flags += ["-Werror"]
+        return flags
 
     def configure(self, extension: Extension, cuda: Path | None) -> None:
         architectures = []
-        cxx = ["-std=c++20", "-O3", "-g0", "-ffp-contract=off",
-               "-fvisibility=hidden", "-fvisibility-inlines-hidden", "-Wall", "-Wextra",
-               "-Wno-psabi",  # vector types in signatures; none of them crosses a file
-               f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", "-DTORCH_STABLE_ONLY", *SANITIZE]
-        for folder in cpp_extension.include_paths():
-            cxx += ["-isystem", folder]  # as -I, torch's headers would be warned about too
+        cxx = [*self.cxx_flags(), f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", "-DTORCH_STABLE_ONLY",
+               *SANITIZE]
         if cuda:
             nvcc = str(cuda / "bin" / "nvcc")
             architectures = cuda_architectures(nvcc)
@@ -181,8 +202,7 @@ class BuildExtension(cpp_extension.BuildExtension):
             self.remove_stale_cuda_objects(extension.sources)
         nvcc_flags = ["-std=c++20", "-O3", "--fmad=false", "-lineinfo", "-Xcompiler", "-fvisibility=hidden",
                       "-DBNN_FAST_WITH_CUDA", *code_generation_flags(architectures)]
-        if os.environ.get("BNN_FAST_STRICT") == "1":  # for those who work on it: another compiler has other warnings
-            cxx += ["-Werror"]
+        if STRICT:
             nvcc_flags += ["-Werror", "all-warnings", "-Xptxas", "-warn-spills,-warn-lmem-usage"]
         cxx += [f'-DBNN_FAST_VERSION="{self.distribution.get_version()}"',
                 f'-DBNN_FAST_TORCH_VERSION="{torch.__version__}"',
@@ -214,7 +234,17 @@ setup(
             extra_link_args=["-Wl,--exclude-libs,ALL", *SANITIZE],
             language="c++",
             py_limited_api=True,
-        )
+        ),
+        Extension(
+            "bnn_fast._autograd",
+            sources=sorted(glob("csrc/autograd/*.cpp")),
+            depends=HEADERS,
+            library_dirs=cpp_extension.library_paths(),
+            libraries=["c10", "torch_cpu", "torch", "torch_python"],
+            extra_link_args=["-Wl,--exclude-libs,ALL"],
+            language="c++",
+            optional=not STRICT,
+        ),
     ],
     cmdclass={"build_ext": BuildExtension},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},

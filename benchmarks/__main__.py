@@ -1,4 +1,4 @@
-"""python -m benchmarks step | predict | train | memory | scaling | threads | all   [options, see --help]
+"""python -m benchmarks step | predict | train | memory | scaling | calls | threads | all   [options, see --help]
 python -m benchmarks plot [FILE ...]
 python -m benchmarks compare OLD.json NEW.json
 python -m benchmarks gpu [--steps STEPS] [--out FOLDER] [--commit NAME]
@@ -23,6 +23,7 @@ SECTIONS = {
     "train": "whole trainings, wall clock to a stated loss",
     "memory": "peak extra memory of a step with several draws",
     "scaling": "a step's time against the weights and against the batch",
+    "calls": "what a call costs beside its arithmetic: small layers, the ELBO",
     "threads": "a step's time on 1, 2, ... CPU threads",
     "all": "all of these, and one table",
 }

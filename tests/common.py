@@ -6,16 +6,23 @@ import torch
 from torch import nn
 
 import bnn_fast as bf
+from bnn_fast.operators import autograd
 from bnn_fast.operators import raw as ops
 
 needs_extension = pytest.mark.skipif(not ops.HAS_EXTENSION,
                                      reason="bnn_fast was installed without its extension")
 
 
-@pytest.fixture(params=[pytest.param("compiled", marks=needs_extension), "plain"])
+needs_nodes = pytest.mark.skipif(autograd.nodes is None, reason="bnn_fast was installed without autograd's compiled nodes")
+
+
+@pytest.fixture(params=[pytest.param("compiled", marks=needs_nodes), pytest.param("without nodes", marks=needs_extension),
+                        "plain"])
 def twin(request, monkeypatch):
-    """Runs a test with the compiled operators and with what runs where they are missing."""
-    monkeypatch.setattr(ops, "HAS_EXTENSION", request.param == "compiled")
+    """Runs a test with the compiled operators, with and without autograd's nodes, and with what runs where they are missing."""
+    monkeypatch.setattr(ops, "HAS_EXTENSION", request.param != "plain")
+    if request.param != "compiled":
+        monkeypatch.setattr(autograd, "nodes", None)
     return request.param
 
 

@@ -142,7 +142,7 @@ def test_in_place_change_between_forward_and_backward_raises():
     x = torch.randn(4, 3)
     y = layer(x)
     x.add_(1)
-    with pytest.raises(RuntimeError, match="^x, needed for the gradient, has been modified by an inplace"):
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
     y, kl = layer(x), bf.kl_divergence(layer)
     with torch.no_grad():
@@ -248,7 +248,7 @@ def test_double_backward_raises_or_is_right(twin, x):
         yield lambda: sum(g.square().sum() for g in kl_grads).backward()
 
     for attempt in attempts():
-        if twin == "compiled":
+        if twin != "plain":
             with pytest.raises(RuntimeError, match="double backward"):
                 attempt()
         else:

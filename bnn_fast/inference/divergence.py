@@ -105,8 +105,8 @@ def _key(layer: VariationalLayer, record: Record | None) -> tuple[Tensor, int]:
     return layer._key(mode, layer.device), mode.n_samples
 
 
-def _analytic(pair: Pair, scale: str) -> autograd.Call | Tensor:
-    if autograd.transformed() or not raw.compiled_for(pair.mu.device):
+def _analytic(pair: Pair, scale: str) -> object:
+    if autograd.nodes is None or autograd.transformed() or not raw.compiled_for(pair.mu.device):
         return functional.kl_normal(pair.mu, pair.rho, prior=pair.prior, scale=scale)
     prior = functional.prior_arguments(pair.prior)
     return autograd.kl_call((pair.mu, pair.rho, *prior, checks.SCALES[scale], True))

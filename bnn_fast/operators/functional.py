@@ -61,9 +61,17 @@ def variational_linear(
             kl=kl, n_samples=n_samples, row_offset=row_offset, column_offset=column_offset)
     weight_loc, weight_sd, loc, sd = prior_arguments(prior)
     bias_loc, bias_sd, bias_loc_number, bias_sd_number = prior_arguments(bias_prior)
+
+    def kl_apart():
+        options = {"scale": scale, "kl": kl, "n_samples": n_samples}
+        value = _kl_apart(weight_mu, weight_rho, key, prior, stream=0, row_offset=row_offset, column_offset=column_offset,
+                          **options)
+        return value if bias_mu is None else value + _kl_apart(
+            bias_mu, bias_rho, key, bias_prior, stream=1, row_offset=0, column_offset=row_offset, **options)
+
     return _differentiable(autograd.LINEAR, x, (
         weight_mu, weight_rho, bias_mu, bias_rho, key, weight_loc, weight_sd, bias_loc, bias_sd, loc, sd,
-        bias_loc_number, bias_sd_number, scale_code, kl_code, n_samples, row_offset, column_offset), kl)
+        bias_loc_number, bias_sd_number, scale_code, kl_code, n_samples, row_offset, column_offset), kl, kl_apart)
 
 
 def sample_normal(
@@ -90,7 +98,12 @@ def sample_normal(
     prior_loc, prior_sd, loc, sd = prior_arguments(prior)
     arguments = (mu, rho, key, prior_loc, prior_sd, loc, sd, scale_code, kl_code, samples, stream, row_offset,
                  column_offset)
-    w, kl = _differentiable(autograd.SAMPLE, None, arguments, kl)
+
+    def kl_apart():
+        return _kl_apart(mu, rho, key, prior, scale=scale, kl=kl, n_samples=samples, stream=stream,
+                         row_offset=row_offset, column_offset=column_offset)
+
+    w, kl = _differentiable(autograd.SAMPLE, None, arguments, kl, kl_apart)
     return (w.squeeze(0) if n_samples is None else w), kl
 
 
@@ -110,7 +123,7 @@ def kl_normal(mu: Tensor, rho: Tensor, *, prior: Normal = Normal(0.0, 1.0), scal
     if not raw.compiled_for(mu.device):
         return reference.kl_normal(mu, rho, prior=prior, scale=scale, reduction=reduction)
     arguments = (mu, rho, *prior_arguments(prior), scale_code, reduction != "none")
-    if autograd.transformed():
+    if autograd.nodes is None or autograd.transformed():
         kl = autograd.KL.apply(*arguments)
     else:
         kl = autograd.read([autograd.kl_call(arguments)])
@@ -167,9 +180,22 @@ def autocast(x: Tensor) -> Tensor:
     return x
 
 
-def _differentiable(operator, x: Tensor | None, arguments: tuple, kl: str | None):
+def _differentiable(operator, x: Tensor | None, arguments: tuple, kl: str | None, kl_apart):
+    """(result, KL or None); kl_apart computes the KL in a pass of its own."""
     if autograd.transformed():
         y, value = operator.apply(*(() if x is None else (x,)), *arguments)
         return y, value if kl is not None else None
     y, call = autograd.draw(operator, x, arguments)
-    return y, autograd.read([call]) if kl is not None else None
+    if kl is None:
+        return y, None
+    return y, kl_apart() if call is None else autograd.read([call])
+
+
+def _kl_apart(mu: Tensor, rho: Tensor, key: Tensor, prior: Normal, *, scale: str, kl: str, n_samples: int, stream: int,
+              row_offset: int, column_offset: int) -> Tensor:
+    """The KL of a tensor, at the weights that the key stands for if it is sampled, with a node of its own."""
+    loc_tensor, scale_tensor, loc, sd = prior_arguments(prior)
+    if kl == "analytic":
+        return autograd.KL.apply(mu, rho, loc_tensor, scale_tensor, loc, sd, checks.SCALES[scale], True)
+    return autograd.SAMPLE.apply(mu, rho, key, loc_tensor, scale_tensor, loc, sd, checks.SCALES[scale], checks.KLS[kl],
+                                 n_samples, stream, row_offset, column_offset)[1]

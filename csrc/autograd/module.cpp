@@ -1,0 +1,64 @@
+// The Python module bnn_fast._autograd: the eager nodes of call.h. It uses libtorch's own headers, so it belongs to the very torch
+// that it was built for; bnn_fast loads it under no other.
+#include <torch/extension.h>
+#include <torch/version.h>
+
+#include "call.h"
+
+namespace {
+
+using bnn_fast::Call;
+using bnn_fast::Operator;
+namespace py = pybind11;
+
+c10::IValue value_of(py::handle h) {
+  PyObject* p = h.ptr();
+  if (THPVariable_Check(p)) return THPVariable_Unpack(p);
+  if (p == Py_None) return {};
+  if (PyBool_Check(p)) return p == Py_True;
+  if (PyLong_Check(p)) return h.cast<int64_t>();
+  if (PyFloat_Check(p)) return h.cast<double>();
+  throw py::type_error("expected a tensor, a number or None");
+}
+
+c10::intrusive_ptr<Call> call_of(const Operator& op, const py::tuple& arguments) {
+  std::vector<c10::IValue> values;
+  values.reserve(arguments.size());
+  for (py::handle h : arguments) values.push_back(value_of(h));
+  return c10::make_intrusive<Call>(op, std::move(values));
+}
+
+c10::OperatorHandle handle_of(const std::string& name) { return c10::Dispatcher::singleton().findSchemaOrThrow(name.c_str(), ""); }
+
+}  // namespace
+
+PYBIND11_MODULE(_autograd, m) {
+  m.attr("TORCH_VERSION") = TORCH_VERSION;
+  py::class_<Operator>(m, "Operator")
+      .def(py::init([](const std::string& forward, const std::string& backward, std::vector<std::string> parameters, bool has_x,
+                       bool draws) {
+        return Operator{handle_of(forward), handle_of(backward), std::move(parameters), has_x, draws};
+      }));
+  py::class_<Call, c10::intrusive_ptr<Call>>(m, "Call")
+      .def_readonly("kl", &Call::kl);
+  // torch's wrapper lets errors of Python code below (an operator on meta tensors) keep their type.
+  m.def("draw", torch::wrap_pybind_function([](const Operator& op, const std::optional<at::Tensor>& x, const py::tuple& arguments) {
+    auto call = call_of(op, arguments);
+    at::Tensor y;
+    {
+      py::gil_scoped_release release;
+      y = bnn_fast::draw(call, x.value_or(at::Tensor()));
+    }
+    return std::make_pair(std::move(y), std::move(call));
+  }));
+  m.def("kl", torch::wrap_pybind_function([](const Operator& op, const py::tuple& arguments) {
+    auto call = call_of(op, arguments);
+    py::gil_scoped_release release;
+    call->run({});
+    return call;
+  }));
+  m.def("read", torch::wrap_pybind_function([](const std::vector<c10::intrusive_ptr<Call>>& calls) {
+    py::gil_scoped_release release;
+    return bnn_fast::read(calls);
+  }));
+}
