@@ -43,8 +43,7 @@ class sampling:
     def __init__(self, model: nn.Module, n_samples: int = 1, seed: int | None = None, first_sample: int = 0,
                  mean: bool = False, pinned: bool = False):
         checks.positive_int("n_samples", n_samples)
-        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
-            raise TypeError(f"seed: expected an integer or None, given {checks.describe(seed)}")
+        check_seed(seed)
         if isinstance(first_sample, bool) or not isinstance(first_sample, int):
             raise TypeError(f"first_sample: expected an integer, given {checks.describe(first_sample)}")
         if not 0 <= first_sample <= 2 ** 32 - n_samples:
@@ -86,6 +85,11 @@ class sampling:
         key = torch.full((2,), self.first_sample, dtype=torch.int64, device=layer.device)
         key[:1].fill_(seed)
         return key
+
+
+def check_seed(seed) -> None:
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
+        raise TypeError(f"seed: expected an integer or None, given {checks.describe(seed)}")
 
 
 class Draws(sampling):
