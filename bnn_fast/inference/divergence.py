@@ -19,7 +19,7 @@ def kl_divergence(model: nn.Module, reduction: str = "sum") -> Tensor | dict[str
             pruned ones (rho = -inf) not at all; "none", a dictionary of elementwise tensors under the
             parameters' qualified names without "_mu" ("0.weight", "0.bias").
 
-    Parameters that layers share count once. A model without variational layers gives 0.
+    Parameters that layers share count once. A model without variational layers gives 0, and a warning.
 
     If a layer's latest call with gradients on was made with these very parameters, its KL was computed there and is handed
     over, once, to the first read with gradients on; every other read computes it, in one pass over the parameters.
@@ -32,7 +32,9 @@ def kl_divergence(model: nn.Module, reduction: str = "sum") -> Tensor | dict[str
     none for the parameters as they are, at weights drawn now. Under torch.func nothing is handed over.
     """
     checks.choice("reduction", reduction, checks.REDUCTIONS)
+    checks.module("model", model)
     owned = _owned(model)
+    checks.any_layers(model, owned, "the KL is 0")
     if reduction == "none":
         return {f"{name}.{pair.name}" if name else pair.name: value for name, layer, new in owned
                 for pair, value in zip(_pairs(layer, new), _elementwise(layer, new))}

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .. import checks
 from .divergence import kl_of_pass
-from .sampling import Draws, check_seed, repeated, single
+from .sampling import Draws, checked_seed, repeated, single
 
 __all__ = ["ELBO"]
 
@@ -46,7 +46,7 @@ class ELBO(nn.Module):
             raise TypeError("kl_weight: expected a number or a callable of the step, "
                             f"given {checks.describe(kl_weight)}")
         self.model, self.likelihood, self.n_data, self.kl_weight = model, likelihood, n_data, kl_weight
-        check_seed(seed)
+        seed = checked_seed(seed)
         self.seed, self.vectorized = seed, vectorized
         self.step = 0
         self.nll = self.kl = None

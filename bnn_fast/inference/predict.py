@@ -22,6 +22,7 @@ _ROWS_OF_SEVERAL_DRAWS = 4096
 _NUMBERS = 2 ** 22     # in x
 _WEIGHTS = 2 ** 24     # of one layer, the draws counted
 _BLOCK = 2 ** 18       # outputs that are taken into the mean and the variance at a time
+_DRAWS_COMPILED = (1, 16, 256)  # of a call: torch.compile compiles anew for each number, and gives up after eight
 _BAR_AFTER = 2.0       # seconds
 _HALVES = (torch.bfloat16, torch.float16)
 
@@ -58,19 +59,27 @@ def predict(model: nn.Module, x: Tensor, likelihood: nn.Module | None = None, n_
     kept up to 1 GiB. Beyond the draws and the results, memory does not grow with S or B.
 
     Raises ValueError or TypeError naming the argument, what was given and what was expected, also where a draw comes out
-    otherwise among several than alone (the rows of the model's dimension 0 mix); ModuleNotFoundError if a progress bar is asked for without tqdm.
+    otherwise among several than alone (the rows of the model's dimension 0 mix); ModuleNotFoundError if a progress bar is
+    asked for without tqdm. Warns if several draws are asked of a model without variational layers.
     """
+    checks.module("model", model)
     checks.batch("x", x)
-    checks.positive_int("n_samples", n_samples)
+    n_samples = checks.positive_int("n_samples", n_samples)
+    if n_samples > 1:
+        checks.any_layers(model, named_layers(model), "its draws are all the same", stacklevel=4)
     kind = prediction_class(likelihood)
     n_rows, n_draws = _chunk(model, x, batch_size, vectorized)
+    whole_calls = vectorized and _compiled(model)
     kept, pieces, first_row = None, [], 0
     with evaluation(model), Draws(model, n_samples, seed, mean, frozen=True) as draws:
         n_calls = 1 if draws.one else n_samples
+        if whole_calls:
+            n_draws = max(n for n in _DRAWS_COMPILED if n <= max(1, min(n_draws, n_calls)))
         with _bar(len(x) * n_calls, progress) as bar:
             for rows in x.split(n_rows):
                 moments = Moments()
-                for first, block in _blocks(model, rows, draws, n_calls, n_draws if vectorized else None, bar, not pieces):
+                for first, block in _blocks(model, rows, draws, n_calls, n_draws if vectorized else None, bar, not pieces,
+                                            whole_calls):
                     if not pieces and not first:
                         kept = _room(block, n_calls, len(x) if n_rows < len(x) else block.shape[1])
                     moments.add(*kind.terms(block, likelihood))
@@ -85,16 +94,18 @@ def predict(model: nn.Module, x: Tensor, likelihood: nn.Module | None = None, n_
     return kind(kept, whole, likelihood, block.dtype)
 
 
-def _blocks(model: nn.Module, rows: Tensor, draws: Draws, n_samples: int, n_draws: int | None, bar, checking: bool):
-    """(first draw, outputs [n, b, ...] of this and the following draws) for the given rows; n_draws of them in one call, or
-    each in a call of its own (None)."""
+def _blocks(model: nn.Module, rows: Tensor, draws: Draws, n_samples: int, n_draws: int | None, bar, checking: bool,
+            whole: bool):
+    """(first draw, outputs [n, b, ...] of this and the following draws) for the given rows; n_draws of them in one call
+    (in the last one too, if `whole`, where those beyond n_samples are dropped), or each in a call of its own (None)."""
     first, pending, size = 0, [], 0
     for s in range(0, n_samples, n_draws or 1):
         count = min(n_draws or 1, n_samples - s)
-        draws.move(s, count)
-        y = single(model, rows, draws, s)[None] if n_draws is None else repeated(model, rows, count)
+        together = n_draws if whole else count
+        draws.move(s, together)
+        y = single(model, rows, draws, s)[None] if n_draws is None else repeated(model, rows, together)[:count]
         pending.append(_checked(y))
-        if checking and s == 0 and count > 1 and draws.any:
+        if checking and s == 0 and count > 1 and draws.any and not whole:  # that would compile again
             _check_rows_apart(model, rows, draws, y[-1], count)
         bar.update(count * len(rows))
         size += pending[-1].numel()
@@ -105,8 +116,6 @@ def _blocks(model: nn.Module, rows: Tensor, draws: Draws, n_samples: int, n_draw
 
 def _check_rows_apart(model: nn.Module, rows: Tensor, draws: Draws, among: Tensor, n_samples: int) -> None:
     """ValueError if the last draw of a call differs from the same draw in a call of its own by more than rounding."""
-    if any("_orig_mod" in m._modules or getattr(m, "_compiled_call_impl", None) for m in model.modules()):
-        return  # it would have to be compiled again
     low = among.dtype in _HALVES or torch.is_autocast_enabled(among.device.type) or any(
         p.dtype in _HALVES for p in model.parameters())
     tolerance = 0.1 if low else 1e-6 if among.dtype == torch.float64 else 0.02  # TensorFloat-32 has ten bits
@@ -177,6 +186,11 @@ def _chunk(model: nn.Module, x: Tensor, batch_size: int | None, vectorized: bool
     weights = max((layer.tensors()[0].numel() for _, layer in named_layers(model)), default=0)
     draws = min(together // max(1, min(rows, len(x))), _WEIGHTS // max(1, weights))
     return rows, max(1, draws)
+
+
+def _compiled(model: nn.Module) -> bool:
+    """Whether torch.compile has to do with the model."""
+    return any("_orig_mod" in m._modules or getattr(m, "_compiled_call_impl", None) for m in model.modules())
 
 
 def _checked(y: Tensor) -> Tensor:

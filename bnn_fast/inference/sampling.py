@@ -42,10 +42,9 @@ class sampling:
 
     def __init__(self, model: nn.Module, n_samples: int = 1, seed: int | None = None, first_sample: int = 0,
                  mean: bool = False, pinned: bool = False):
-        checks.positive_int("n_samples", n_samples)
-        check_seed(seed)
-        if isinstance(first_sample, bool) or not isinstance(first_sample, int):
-            raise TypeError(f"first_sample: expected an integer, given {checks.describe(first_sample)}")
+        checks.module("model", model)
+        n_samples, seed = checks.positive_int("n_samples", n_samples), checked_seed(seed)
+        first_sample = checks.integer("first_sample", first_sample)
         if not 0 <= first_sample <= 2 ** 32 - n_samples:
             raise ValueError(f"first_sample: expected 0 to 2^32 - n_samples, given {first_sample}")
         if mean and (n_samples != 1 or seed is not None or pinned):
@@ -87,9 +86,8 @@ class sampling:
         return key
 
 
-def check_seed(seed) -> None:
-    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
-        raise TypeError(f"seed: expected an integer or None, given {checks.describe(seed)}")
+def checked_seed(seed) -> int | None:
+    return None if seed is None else checks.integer("seed", seed, otherwise=" or None")
 
 
 class Draws(sampling):
@@ -160,7 +158,7 @@ def mc_forward(model: nn.Module, x: Tensor, n_samples: int, seed: int | None = N
 
     `predict` does the same in pieces, for any number of draws.
     """
-    checks.positive_int("n_samples", n_samples)
+    n_samples = checks.positive_int("n_samples", n_samples)
     checks.batch("x", x)
     with Draws(model, n_samples, seed) as draws:
         if vectorized:
@@ -174,7 +172,7 @@ def repeated(model: nn.Module, x: Tensor, n_samples: int) -> Tensor:
     rows = x.shape[0]
     if not isinstance(y, Tensor) or y.dim() == 0 or y.shape[0] != n_samples * rows:
         raise ValueError(f"model: expected an output with {n_samples} * {rows} rows in dimension 0, "
-                         f"given {checks.describe(y)}")
+                         f"given {checks.describe(y)} for x {list(x.shape)}")
     return y.reshape(n_samples, rows, *y.shape[1:])
 
 
@@ -195,7 +193,7 @@ def draw(model: nn.Module, seed: int | None = None, first_sample: int = 0, mean:
     number first_sample of `predict(model, ..., seed=seed)`; with mean=True they are the means. Without a seed they are as a
     context around or `freeze` says, or else drawn anew.
     """
-    sampling(model, 1, seed, first_sample, mean)  # checks them
+    first_sample = sampling(model, 1, seed, first_sample, mean).first_sample  # checks them
     if mean and first_sample != 0:
         raise ValueError(f"mean: expected no first_sample beside it, given first_sample={first_sample}")
     layers = named_layers(model)
@@ -215,13 +213,16 @@ def freeze(model: nn.Module) -> None:
     state_dict. `predict` and `draw` without a seed then have that one network. Within `sampling`, and so in
     `mc_forward` and `ELBO`, it does not count.
     """
+    checks.module("model", model)
     layers = named_layers(model)
-    for (_, layer), first in zip(layers, first_with_parameters(layers)):
-        key = layers[first][1]._state.key
-        layer.frozen_key = fresh_key(layer.device, 0) if key is None else key.to(layer.device, copy=True)
+    with torch.inference_mode(False):  # the key is to serve in training, too
+        for (_, layer), first in zip(layers, first_with_parameters(layers)):
+            key = layers[first][1]._state.key
+            layer.frozen_key = fresh_key(layer.device, 0) if key is None else key.to(layer.device, copy=True)
 
 
 def unfreeze(model: nn.Module) -> None:
     """Undo `freeze`: every call draws anew."""
+    checks.module("model", model)
     for _, layer in named_layers(model):
         layer.frozen_key = None
