@@ -2,8 +2,8 @@
 
 Targets are [N, ...] and every metric is a 0-d tensor. Where a function takes probs it also takes a
 `ClassPrediction`, where it takes a mean a `Prediction`. Class probabilities are [N, ..., C] for integer
-targets [N, ...], or, for two classes, [N, ...], the probability of 1, for targets 0 or 1 of that shape.
-ValueError or TypeError if shapes do not match (nothing is broadcast), or if probs are none.
+targets [N, ...] (classes last, as `ClassPrediction.probs` has them), or, for two classes, [N, ...], the probability
+of 1, for targets 0 or 1 of that shape. ValueError or TypeError if shapes do not match (nothing is broadcast), or if probs are none.
 """
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def nll(prediction, targets: Tensor) -> Tensor:
 
 def rmse(mean, targets: Tensor) -> Tensor:
     """sqrt(mean (mean - targets)^2) over all rows and outputs; mean and targets [N, ...]."""
-    mean = _same("mean", mean if isinstance(mean, Tensor) else mean.mean, targets)
+    mean = _same("mean", mean if isinstance(mean, Tensor) else getattr(mean, "mean", mean), targets)
     return (mean - targets).square().mean().sqrt()
 
 
@@ -79,7 +79,7 @@ def selective_accuracy(probs, targets: Tensor, coverage: float = 1.0) -> Tensor:
     the model answers only when it is sure (El-Yaniv and Wiener, "On the foundations of noise-free selective
     classification", 2010). Of rows equally sure the earlier ones come first.
     """
-    if isinstance(coverage, bool) or not isinstance(coverage, (int, float)) or not 0.0 < coverage <= 1.0:
+    if not checks.is_number(coverage) or not 0.0 < coverage <= 1.0:
         raise ValueError(f"coverage: expected a share above 0, up to 1, given {checks.describe(coverage)}")
     confidence, hits = _guesses(probs, targets)
     surest = confidence.argsort(descending=True, stable=True)
@@ -120,6 +120,8 @@ def crps_samples(samples: Tensor, targets: Tensor) -> Tensor:
     1/S sum_i |x_i - y| - 1/(2 S^2) sum_ij |x_i - x_j|  (Gneiting and Raftery 2007, equation 21), the double
     sum taken over the sorted draws as 2 sum_i (2 i - S - 1) x_(i).
     """
+    if not isinstance(targets, Tensor):
+        raise TypeError(f"targets: expected a tensor [N, ...], given {checks.describe(targets)}")
     if not isinstance(samples, Tensor) or samples.dim() == 0 or samples.shape[1:] != targets.shape:
         raise ValueError(f"samples: expected a tensor {['S', *targets.shape]}, "
                          f"given {checks.describe(samples)}")
@@ -135,10 +137,15 @@ def _probs(prediction, targets: Tensor) -> tuple[Tensor, bool]:
     if not isinstance(probs, Tensor) or not probs.is_floating_point():
         raise TypeError(f"probs: expected a ClassPrediction or a floating-point tensor, "
                         f"given {checks.describe(probs)}")
+    if not isinstance(targets, Tensor) or targets.dim() == 0:
+        raise TypeError(f"targets: expected a tensor [N, ...], given {checks.describe(targets)}")
     binary = probs.shape == targets.shape
     if not binary and probs.shape[:-1] != targets.shape:
         raise ValueError(f"probs: expected {[*targets.shape, 'C']} or {list(targets.shape)} for targets "
                          f"{list(targets.shape)}, given {checks.describe(probs)}")
+    if not binary and probs.shape[-1] == 1:
+        raise ValueError(f"probs: expected at least two classes, or for two the probability of 1 in the targets' shape "
+                         f"{list(targets.shape)} (probs.squeeze(-1)), given {checks.describe(probs)}")
     wrong = probs > 1.001 if binary else (probs.sum(-1) - 1.0).abs() > 1e-3
     if (probs < 0.0).any() or wrong.any():
         raise ValueError("probs: expected probabilities, from 0 to 1 and with sum 1, given others (logits?)")

@@ -1,9 +1,14 @@
 """Pictures of predictions and of training.
 
-Every function draws on `ax` (a new one if None) and returns the Axes; where one takes label and color,
-several models go on the same Axes. matplotlib is imported when a picture is drawn.
+Every function takes tensors or numpy arrays, draws on `ax` (a new one if None) and returns the Axes; where one takes
+label and color, several models go on the same Axes. matplotlib is imported when a picture is drawn.
+
+New Axes are on a figure of pyplot's if pyplot has been imported, and `plt.show()` shows them; as with pyplot's own,
+`plt.close(ax.figure)` lets go of one. Otherwise, as in a program that only saves pictures, nothing holds on to them.
 """
 from __future__ import annotations
+
+import sys
 
 import numpy as np
 import torch
@@ -35,6 +40,7 @@ def regression_band(x: Tensor, mean: Tensor, low: Tensor, high: Tensor, *, data=
 
     ValueError for other shapes, as [N, 1].
     """
+    x, mean, low, high = map(_tensor, (x, mean, low, high))
     _check_lines(x, mean=mean, low=low, high=high)
     ax = _axes(ax, (8.0, 5.0))
     order = x.argsort()
@@ -59,7 +65,8 @@ def sample_lines(x: Tensor, samples: Tensor, *, data=None, curve=None, label="po
     """
     from matplotlib.collections import LineCollection
 
-    if samples.dim() != 2:
+    x, samples = _tensor(x), _tensor(samples)
+    if not isinstance(samples, Tensor) or samples.dim() != 2:
         raise ValueError(f"samples: expected [S, N], given {checks.describe(samples)}")
     _check_lines(x, samples=samples[0])
     ax = _axes(ax, (8.0, 5.0))
@@ -82,7 +89,7 @@ def reliability_diagram(probs: Tensor, targets: Tensor, *, bins: int = 10, label
     Axes, with another colour and marker, to compare models.
     """
     ax = _axes(ax, (5.5, 6.0))
-    found = reliability_bins(probs, targets, bins)
+    found = reliability_bins(_tensor(probs), _tensor(targets), bins)
     confidence, accuracy, share = (_numpy(values[found[2] > 0]) for values in found)
     if not ax.lines:
         ax.plot([0, 1], [0, 1], color=GREY, linewidth=1.0, linestyle="--", label="perfectly calibrated")
@@ -104,7 +111,7 @@ def coverage_curve(prediction: Prediction, targets: Tensor, *, label=None, color
     predictive distribution function.
     """
     ax = _axes(ax, (5.5, 6.0))
-    levels = (2.0 * prediction.cdf(targets).double() - 1.0).abs().flatten().sort().values
+    levels = (2.0 * prediction.cdf(_tensor(targets)).double() - 1.0).abs().flatten().sort().values
     share = torch.arange(1, len(levels) + 1) / len(levels)
     if not ax.lines:
         ax.plot([0, 1], [0, 1], color=GREY, linewidth=1.0, linestyle="--", label="perfectly calibrated")
@@ -122,7 +129,7 @@ def entropy_histograms(first: Tensor, second: Tensor, *, labels=("in distributio
     so that sets of different sizes compare.
     """
     ax = _axes(ax, (6.4, 4.2))
-    first, second = first.flatten(), second.flatten()
+    first, second = _tensor(first).flatten(), _tensor(second).flatten()
     edges = _numpy(torch.linspace(0.0, max(first.max(), second.max()).item() or 1.0, bins + 1))
     for values, color, label, hatch in ((first, BLUE, labels[0], ""), (second, ORANGE, labels[1], "///")):
         ax.hist(_numpy(values), edges, density=True, histtype="stepfilled", facecolor=(color, 0.35),
@@ -203,8 +210,10 @@ def _axes(ax, size):
         return ax
     from matplotlib.figure import Figure
 
-    # Not pyplot: no global state, and no display is asked for.
-    return Figure(figsize=size, dpi=150, layout="constrained").subplots()
+    # pyplot is not imported for it: it has global state, and may ask for a display.
+    pyplot = sys.modules.get("matplotlib.pyplot")
+    figure = Figure if pyplot is None else pyplot.figure
+    return figure(figsize=size, dpi=150, layout="constrained").subplots()
 
 
 def _data_dots(ax, data) -> None:
@@ -216,7 +225,7 @@ def _data_dots(ax, data) -> None:
 
 def _dashed_curve(ax, x: Tensor, curve, order: Tensor) -> None:
     if curve is not None:
-        ax.plot(_numpy(x[order]), _numpy(curve[order]), color="black", linewidth=1.0, linestyle=(0, (4, 3)),
+        ax.plot(_numpy(x[order]), _numpy(_tensor(curve)[order]), color="black", linewidth=1.0, linestyle=(0, (4, 3)),
                 label="curve without noise")
 
 
@@ -228,10 +237,10 @@ def _opaque_legend(ax):
 
 def _check_lines(x: Tensor, **lines: Tensor) -> None:
     """x [N] and lines [N], of one output."""
-    if x.dim() != 1:
+    if not isinstance(x, Tensor) or x.dim() != 1:
         raise ValueError(f"x: expected [N], given {checks.describe(x)}")
     for name, line in lines.items():
-        if line.shape != x.shape:
+        if not isinstance(line, Tensor) or line.shape != x.shape:
             raise ValueError(f"{name}: expected {list(x.shape)} as x has, given {checks.describe(line)}")
 
 
@@ -240,5 +249,13 @@ def _tidy(ax):
     return ax
 
 
-def _numpy(tensor: Tensor):
-    return tensor.detach().cpu().numpy()
+def _tensor(values) -> Tensor:
+    """A tensor of what is one, or an array or list; anything else (a ClassPrediction) as it is."""
+    if isinstance(values, (np.ndarray, list, tuple)):
+        return torch.from_numpy(np.array(values))  # a copy, as torch has no negative strides
+    return values
+
+
+def _numpy(values):
+    tensor = _tensor(values).detach().cpu()
+    return (tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor).numpy()

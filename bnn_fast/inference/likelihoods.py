@@ -1,4 +1,7 @@
-"""Likelihoods: the negative log-likelihood of targets under a model's outputs, for each draw and row."""
+"""Likelihoods: the negative log-likelihood of targets under a model's outputs, for each draw and row.
+
+Any callable of (outputs [S, B, ...], targets [B, ...]) that gives [S, B] may stand in for one in `ELBO`.
+"""
 from __future__ import annotations
 
 import math
@@ -24,7 +27,7 @@ class Gaussian(nn.Module):
 
     def __init__(self, scale: float = 1.0, learned: bool = False):
         super().__init__()
-        if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0.0 < scale < math.inf:
+        if not checks.is_number(scale) or not 0.0 < scale < math.inf:
             raise ValueError(f"scale: expected a positive number, given {checks.describe(scale)}")
         log_scale = torch.tensor(math.log(scale))
         self.learned = learned
@@ -40,7 +43,8 @@ class Gaussian(nn.Module):
 
     def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
         outputs = _checked(outputs, targets, targets.shape)
-        return _rows(_gaussian_nll(outputs, self.log_scale, targets))
+        half = (-0.5 * self.log_scale).clamp(max=math.log(torch.finfo(outputs.dtype).max) - 1.0)
+        return _rows(_gaussian_nll(targets - outputs, self.log_scale, half))
 
     def extra_repr(self) -> str:
         return f"scale={self.scale.item():.6g}, learned={self.learned}"
@@ -57,7 +61,10 @@ class HeteroscedasticGaussian(nn.Module):
         expected = (*targets.shape[:-1], 2 * targets.shape[-1]) if targets.dim() > 1 else None
         outputs = _checked(outputs, targets, expected)
         mean, log_variance = outputs.chunk(2, dim=-1)
-        return _rows(_gaussian_nll(mean, 0.5 * log_variance, targets))
+        error, log_scale = targets - mean, 0.5 * log_variance
+        # where there is no error its factor does not matter, and must not be infinite
+        half = torch.where(error == 0.0, 0.0, -0.5 * log_scale)
+        return _rows(_gaussian_nll(error, log_scale, half))
 
 
 class Bernoulli(nn.Module):
@@ -73,38 +80,83 @@ class Bernoulli(nn.Module):
 
 
 class Categorical(nn.Module):
-    """One of C classes; the model puts out [..., C] logits, or log-probabilities if log_probs.
+    """One of C classes; the model puts out C logits, or log-probabilities if log_probs.
 
-    `likelihood(outputs [S, B, ..., C], targets [B, ...] integers) -> NLL [S, B]`.
+    Args:
+        log_probs: whether the outputs are log-probabilities.
+        class_dim: the dimension of the model's outputs [B, ...] that has the classes: -1, the last one, or as in
+            nn.CrossEntropyLoss 1, for [B, C, H, W] and targets [B, H, W]. Not 0, which is the batch.
+
+    `likelihood(outputs [S, B, ..., C, ...], targets [B, ...] integers from 0 to C - 1) -> NLL [S, B]`. On a GPU the
+    values of the targets are not looked at.
     """
 
-    def __init__(self, log_probs: bool = False):
+    def __init__(self, log_probs: bool = False, class_dim: int = -1):
         super().__init__()
         self.log_probs = log_probs
+        self.class_dim = checks.integer("class_dim", class_dim)
+        if self.class_dim == 0:
+            raise ValueError("class_dim: expected a dimension of the outputs behind the batch, which is 0, given 0")
+
+    def classes_last(self, outputs: Tensor) -> Tensor:
+        """outputs [S, B, ..., C, ...] as [S, B, ..., C]."""
+        if self.class_dim == -1:
+            return outputs
+        dim = self.class_dim + (1 if self.class_dim > 0 else outputs.dim())  # behind the draws, too
+        if not 2 <= dim < outputs.dim():
+            raise ValueError(f"class_dim: expected a dimension of the outputs {list(outputs.shape[1:])} behind the "
+                             f"batch, given {self.class_dim}")
+        return outputs.movedim(dim, -1)
 
     def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        if targets.is_floating_point() or targets.dtype == torch.bool:
+        if not isinstance(targets, Tensor) or targets.is_floating_point() or targets.dtype == torch.bool:
             raise TypeError(f"targets: expected integer classes, given {checks.describe(targets)}")
-        outputs = _checked(outputs, targets, (*targets.shape, outputs.shape[-1]))
+        outputs = self.classes_last(outputs)
+        hint = "" if self.class_dim != -1 or outputs.dim() < 4 else "; classes in another dimension need class_dim"
+        outputs = _checked(outputs, targets, (*targets.shape, outputs.shape[-1]), hint)
         log_probs = outputs if self.log_probs else outputs.log_softmax(-1)
         index = targets.long().expand(outputs.shape[:-1]).unsqueeze(-1)
-        return _rows(-log_probs.gather(-1, index).squeeze(-1))
+        try:
+            chosen = log_probs.gather(-1, index)
+        except RuntimeError:
+            _check_labels(targets, outputs.shape[-1])
+            raise
+        return _rows(-chosen.squeeze(-1))
 
     def extra_repr(self) -> str:
-        return f"log_probs={self.log_probs}"
+        return f"log_probs={self.log_probs}" + (f", class_dim={self.class_dim}" if self.class_dim != -1 else "")
 
 
-def _checked(outputs: Tensor, targets: Tensor, expected) -> Tensor:
+def rows_nll(likelihood, outputs: Tensor, targets: Tensor) -> Tensor:
+    """likelihood(outputs [S, B, ...], targets [B, ...]), ValueError unless it is [S, B]."""
+    nll = likelihood(outputs, targets)
+    if not isinstance(nll, Tensor) or nll.shape != outputs.shape[:2]:
+        raise ValueError(f"likelihood: expected it to give the NLL {list(outputs.shape[:2])} of each draw and row, for "
+                         f"outputs {list(outputs.shape)}, given {checks.describe(nll)}")
+    return nll
+
+
+def _checked(outputs: Tensor, targets: Tensor, expected, hint: str = "") -> Tensor:
     """outputs, in float32 at least, if they have the expected shape behind the dimension of the draws."""
     if expected is None or tuple(outputs.shape[1:]) != tuple(expected):
         wanted = f"{list(expected)} for each draw" if expected else "at least two dimensions in the targets"
         raise ValueError(f"outputs: expected {wanted}, given outputs {list(outputs.shape[1:])} for each draw "
-                         f"and targets {list(targets.shape)}; they are not broadcast")
+                         f"and targets {list(targets.shape)}; they are not broadcast{hint}")
     return outputs.float() if outputs.dtype in (torch.bfloat16, torch.float16) else outputs
 
 
-def _gaussian_nll(mean: Tensor, log_scale: Tensor, targets: Tensor) -> Tensor:
-    return 0.5 * ((targets - mean) * (-log_scale).exp()).square() + log_scale + 0.5 * math.log(2.0 * math.pi)
+def _check_labels(targets: Tensor, classes: int) -> None:
+    low, high = targets.min().item(), targets.max().item()
+    if low < 0 or high >= classes:
+        raise ValueError(f"targets: expected classes 0 to {classes - 1}, given {low} to {high}")
+
+
+def _gaussian_nll(error: Tensor, log_scale: Tensor, half: Tensor) -> Tensor:
+    """(error / scale)^2 / 2 + log scale + log(2 pi) / 2. half is -log_scale / 2: 1 / scale may overflow where
+    error / scale does not, and 0 times infinity is no number, so it is multiplied in two halves.
+    """
+    root = half.exp()
+    return 0.5 * (error * root * root).square() + log_scale + 0.5 * math.log(2.0 * math.pi)
 
 
 def _rows(nll: Tensor) -> Tensor:

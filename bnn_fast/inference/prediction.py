@@ -65,7 +65,7 @@ class Prediction:
 
     def interval(self, level: float = 0.9) -> tuple[Tensor, Tensor]:
         """(low, high) [B, ...] of the central interval: the quantiles (1 - level) / 2 and (1 + level) / 2."""
-        if isinstance(level, bool) or not isinstance(level, (int, float)) or not 0.0 < level < 1.0:
+        if not checks.is_number(level) or not 0.0 < level < 1.0:
             raise ValueError(f"level: expected a number between 0 and 1, given {checks.describe(level)}")
         low, high = self.quantile([0.5 * (1.0 - level), 0.5 * (1.0 + level)])
         return low, high
@@ -203,8 +203,8 @@ class GaussianPrediction(Prediction):
 class ClassPrediction(Prediction):
     """The distribution of a class: Categorical, or for each output Bernoulli.
 
-    probs: the mean over the draws, also `mean`: [B, ..., C] of a Categorical; of a Bernoulli [B, ...], the
-        probability of 1.
+    probs: the mean over the draws, also `mean`: of a Categorical [B, ..., C], the classes last whatever its
+        class_dim, as `metrics` takes them; of a Bernoulli [B, ...], the probability of 1.
     entropy: [B, ...] of `probs`, in nats: how unsure the prediction is, for whatever reason.
     mutual_information: [B, ...] between class and weights, entropy less the mean entropy of the draws: the
         epistemic part, what more data could take away (Houlsby et al., "Bayesian active learning for
@@ -221,6 +221,7 @@ class ClassPrediction(Prediction):
         elif outputs.dim() < 3:
             raise ValueError(f"model: expected outputs [B, ..., C], given {list(outputs.shape[1:])}")
         else:
+            outputs = likelihood.classes_last(outputs)
             probs = (outputs if likelihood.log_probs else outputs.log_softmax(-1)).exp()
         return probs, _entropy(probs, likelihood)
 

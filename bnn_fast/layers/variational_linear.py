@@ -1,15 +1,35 @@
 """The variational counterpart of nn.Linear."""
 from __future__ import annotations
 
+import sys
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import checks
 from ..operators import autograd, functional, raw
-from ..priors import Normal, initialisation
+from ..priors import Normal, as_normal, initialisation
 from ..priors.scales import sigma_of
 from .base import Pair, VariationalLayer
+
+
+_TRANSFORMER = "torch.nn.modules.transformer"
+
+
+class _NoWeight:
+    """What nn.TransformerEncoderLayer and nn.TransformerEncoder see as `linear1.weight` when they look whether
+    their fused inference path can run. It cannot, as it takes the weight and calls no layer; they leave it where
+    a weight has a __torch_function__ of its own.
+    """
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        raise TypeError("a VariationalLinear has no weight, it draws one at every call: "
+                        "torch.backends.mha.set_fastpath_enabled(False) turns off what asks for it")
+
+
+_NO_WEIGHT = _NoWeight()
 
 
 class VariationalLinear(VariationalLayer):
@@ -21,7 +41,8 @@ class VariationalLinear(VariationalLayer):
     Args:
         in_features, out_features: as in nn.Linear.
         bias: whether there is a bias.
-        prior: Normal, of numbers or tensors [out, in]; the tensors become buffers.
+        prior: Normal, of numbers or tensors [out, in]; the tensors become buffers. A torch.distributions.Normal
+            will do, too. Both priors may be set later: `layer.prior = Normal(0.0, 2.0)` is the weight's alone.
         bias_prior: Normal, of numbers or tensors [out]; `prior` where that is made of numbers.
         scale: what rho means: "softplus" sigma = log(1 + e^rho), "exp" e^rho, "sqrt_exp" e^(rho/2).
         kl: "analytic", or "sampled": log q(w) - log p(w) at the drawn weights.
@@ -43,7 +64,8 @@ class VariationalLinear(VariationalLayer):
         checks.choice("scale", scale, checks.SCALES)
         checks.choice("kl", kl, {k: v for k, v in checks.KLS.items() if k is not None})
         checks.choice("init", init, initialisation.INITIALISATIONS)
-        self.in_features, self.out_features = in_features, out_features
+        self.in_features = in_features = checks.integer("in_features", in_features, 0)
+        self.out_features = out_features = checks.integer("out_features", out_features, 0)
         self.scale, self.kl, self.init = scale, kl, init
         new = {"device": device, "dtype": dtype}
         for name, shape in (("weight", (out_features, in_features)), ("bias", (out_features,))):
@@ -51,7 +73,7 @@ class VariationalLinear(VariationalLayer):
                 present = bias or name == "weight"
                 self.register_parameter(f"{name}_{kind}",
                                         nn.Parameter(torch.empty(shape, **new)) if present else None)
-        bias_prior = functional.default_bias_prior(prior, bias_prior, bias)
+        prior, bias_prior = functional.priors_of(prior, bias_prior, self.weight_mu, self.bias_mu)
         # loc and scale of the weight's prior and of the bias's, where they are numbers
         self._numbers = (*self._register_prior("prior", prior, self.weight_mu),
                          *self._register_prior("bias_prior", bias_prior, self.bias_mu))
@@ -67,11 +89,11 @@ class VariationalLinear(VariationalLayer):
         functorch = not compiling and torch._C._are_functorch_transforms_active()
         mode, recomputed = self._mode(compiling)
         weight_mu, weight_rho, bias_mu, bias_rho = parameters = self.tensors()
-        if mode.mean:
-            return F.linear(x, weight_mu, bias_mu)
-        key = self._key(mode, weight_mu.device)
         x = functional.autocast(x)
         checks.linear_input(x, weight_mu, mode.n_samples)
+        if mode.mean:  # in x's type, as the drawn weights are rounded to it
+            return F.linear(x, weight_mu.to(x.dtype), None if bias_mu is None else bias_mu.to(x.dtype))
+        key = self._key(mode, weight_mu.device)
         gradients = torch.is_grad_enabled()
         with_kl = gradients and not recomputed and not functorch
         if not raw.compiled_for(weight_mu.device):
@@ -84,7 +106,7 @@ class VariationalLinear(VariationalLayer):
             if compiling or functorch:
                 y, kl = autograd.LINEAR.apply(x, *arguments)
             elif gradients:
-                y, kl = autograd.draw(autograd.LINEAR, x, arguments)
+                y, kl = self._draw(x, arguments)
             else:
                 y, kl = raw.variational_linear(x, *arguments)
         if not recomputed and not functorch:  # under torch.func the tensors are the transform's
@@ -92,6 +114,15 @@ class VariationalLinear(VariationalLayer):
                 kl = None  # two backward passes would walk the parametrization twice
             self._remember(self._registered(parameters), key, mode.n_samples, kl, compiling)
         return y
+
+    def _draw(self, x: Tensor, arguments: tuple):
+        try:
+            return autograd.draw(autograd.LINEAR, x, arguments)
+        except RuntimeError as error:
+            if torch._C._get_tracing_state() is None:
+                raise
+            raise RuntimeError("torch.jit.trace cannot record the gradients of drawn weights: trace under "
+                               "torch.no_grad(), or trace bnn_fast.draw(model, seed), an ordinary module") from error
 
     def tensors(self) -> tuple:
         parameters = self._parameters  # a look-up through nn.Module costs several times as much
@@ -141,12 +172,22 @@ class VariationalLinear(VariationalLayer):
     def prior(self) -> Normal:
         return self._prior("prior", 0)
 
+    @prior.setter
+    def prior(self, prior: Normal) -> None:
+        self._set_prior("prior", 0, prior, self.weight_mu)
+
     @property
     def bias_prior(self) -> Normal:
         return self._prior("bias_prior", 2)
 
+    @bias_prior.setter
+    def bias_prior(self, prior: Normal) -> None:
+        self._set_prior("bias_prior", 2, prior, self.bias_mu)
+
     def __getattr__(self, name: str):
         if name == "weight" or name == "bias":
+            if torch.compiler.is_compiling() or sys._getframe(1).f_globals.get("__name__") == _TRANSFORMER:
+                return _NO_WEIGHT
             raise AttributeError(
                 f"VariationalLinear has no {name}: it draws one at every call. Its mean is {name}_mu, its "
                 f"standard deviation {name}_sigma; bnn_fast.draw(model, seed) gives one draw as an nn.Linear")
@@ -167,19 +208,24 @@ class VariationalLinear(VariationalLayer):
     def _register_prior(self, name: str, prior: Normal, mu: Tensor | None) -> list[float]:
         """A prior's tensors become buffers, its numbers are returned as the operators take them."""
         loc, scale, *numbers = functional.prior_arguments(prior)
+        tensors = {}
         for kind, tensor in (("loc", loc), ("scale", scale)):
             if tensor is not None and mu is None:
                 raise ValueError(f"{name}: expected numbers or None where bias=False, given {prior}")
             if tensor is not None and tensor.shape != mu.shape:
                 raise ValueError(f"{name}.{kind}: expected a number or a tensor {list(mu.shape)}, "
                                  f"given {checks.describe(tensor)}")
-            self.register_buffer(f"{name}_{kind}", None if tensor is None else tensor.detach().to(mu).clone())
+            tensors[f"{name}_{kind}"] = None if tensor is None else tensor.detach().to(mu).clone()
+        for buffer, tensor in tensors.items():
+            self.register_buffer(buffer, tensor)
         return numbers
 
+    def _set_prior(self, name: str, at: int, prior: Normal, mu: Tensor | None) -> None:
+        numbers = self._register_prior(name, as_normal(name, prior, mu), mu)
+        self._numbers = (*self._numbers[:at], *numbers, *self._numbers[at + 2:])
+        self._state.record = None  # its KL is that to the prior before
+
     def _prior(self, name: str, at: int) -> Normal:
-        # Not through __init__, whose check would read the device at every look.
-        prior = Normal.__new__(Normal)
         loc, scale = self._buffers[f"{name}_loc"], self._buffers[f"{name}_scale"]
-        prior.loc = self._numbers[at] if loc is None else loc
-        prior.scale = self._numbers[at + 1] if scale is None else scale
-        return prior
+        return Normal.unchecked(self._numbers[at] if loc is None else loc,
+                                self._numbers[at + 1] if scale is None else scale)

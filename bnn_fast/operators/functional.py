@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..priors import Normal
+from ..priors import Normal, as_normal
 from . import autograd, raw, reference
 
 __all__ = ["variational_linear", "sample_normal", "kl_normal"]
+
+_AUTOCAST = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def variational_linear(
@@ -33,8 +35,8 @@ def variational_linear(
         weight_mu, weight_rho: [out, in].
         bias_mu, bias_rho: [out], or None.
         key: int64 [2], (seed, first sample): draw s has the noise of sample first + s.
-        prior, bias_prior: a prior's tensors have the parameter's shape. bias_prior is prior by default, and
-            has to be given where that holds tensors.
+        prior, bias_prior: `Normal`, or torch.distributions.Normal; a prior's tensors have the parameter's
+            shape. bias_prior is prior by default, and has to be given where that holds tensors.
         scale: "softplus", "exp" or "sqrt_exp": what rho means.
         kl: "analytic", "sampled" (log q(w) - log p(w), mean over the draws), or None, for no KL.
         row_offset, column_offset: where this weight begins in a larger one, for the noise.
@@ -45,10 +47,11 @@ def variational_linear(
     Raises ValueError or TypeError naming the argument, what was given and what was expected.
     """
     scale_code, kl_code = checks.choice("scale", scale, checks.SCALES), checks.choice("kl", kl, checks.KLS)
-    checks.positive_int("n_samples", n_samples)
-    bias_prior = default_bias_prior(prior, bias_prior, bias_mu is not None)
+    n_samples = checks.positive_int("n_samples", n_samples)
+    prior, bias_prior = priors_of(prior, bias_prior, weight_mu, bias_mu)
     checks.parameter_pair("weight_", weight_mu, weight_rho, prior)
     checks.weight(weight_mu, bias_mu, bias_rho)
+    row_offset, column_offset, _ = checks.offsets(weight_mu, row_offset, column_offset)
     if bias_mu is not None:
         checks.parameter_pair("bias_", bias_mu, bias_rho, bias_prior, "bias_prior")
     checks.key(key, weight_mu)
@@ -86,8 +89,9 @@ def sample_normal(
     """
     scale_code, kl_code = checks.choice("scale", scale, checks.SCALES), checks.choice("kl", kl, checks.KLS)
     samples = 1 if n_samples is None else checks.positive_int("n_samples", n_samples)
-    require_normal("prior", prior)
+    prior = as_normal("prior", prior, mu)
     checks.parameter_pair("", mu, rho, prior)
+    row_offset, column_offset, stream = checks.offsets(mu, row_offset, column_offset, stream)
     checks.key(key, mu)
     rows = mu.shape[0] if mu.dim() > 1 else 1
     checks.noise_place(rows, mu.numel() // max(rows, 1), samples, stream, row_offset, column_offset)
@@ -118,7 +122,7 @@ def kl_normal(mu: Tensor, rho: Tensor, *, prior: Normal = Normal(0.0, 1.0), scal
     """
     scale_code = checks.choice("scale", scale, checks.SCALES)
     checks.choice("reduction", reduction, checks.REDUCTIONS)
-    require_normal("prior", prior)
+    prior = as_normal("prior", prior, mu)
     checks.parameter_pair("", mu, rho, prior)
     if not raw.compiled_for(mu.device):
         return reference.kl_normal(mu, rho, prior=prior, scale=scale, reduction=reduction)
@@ -152,28 +156,25 @@ def prior_arguments(prior: Normal) -> tuple[Tensor | None, Tensor | None, float,
             0.0 if loc_is_tensor else loc, 1.0 if scale_is_tensor else scale)
 
 
-def default_bias_prior(prior: Normal, bias_prior: Normal | None, bias: bool) -> Normal:
-    """The weight's prior unless another is given, as it has to be where the weight's holds tensors."""
-    require_normal("prior", prior)
+def priors_of(prior: Normal, bias_prior: Normal | None, weight_mu: Tensor,
+              bias_mu: Tensor | None) -> tuple[Normal, Normal]:
+    """(prior, bias_prior), the bias's being the weight's unless another is given, as it has to be where the
+    weight's holds tensors.
+    """
+    prior = as_normal("prior", prior, weight_mu)
     if bias_prior is not None:
-        return require_normal("bias_prior", bias_prior)
+        return prior, as_normal("bias_prior", bias_prior, bias_mu)
     if not prior.has_tensors:
-        return prior
-    if bias:
+        return prior, prior
+    if bias_mu is not None:
         raise ValueError("bias_prior: expected a prior for the bias, as the weight's holds tensors, "
                          "given None")
-    return Normal(0.0, 1.0)
-
-
-def require_normal(name: str, prior) -> Normal:
-    if not isinstance(prior, Normal):
-        raise TypeError(f"{name}: expected a Normal, given {checks.describe(prior)}")
-    return prior
+    return prior, Normal(0.0, 1.0)
 
 
 def autocast(x: Tensor) -> Tensor:
     """x as autocast would have it. The parameters stay as they are, and so do noise and KL."""
-    if torch._C._is_any_autocast_enabled() and x.dtype in (torch.float32, torch.bfloat16, torch.float16):
+    if torch._C._is_any_autocast_enabled() and isinstance(x, Tensor) and x.dtype in _AUTOCAST:
         device = x.device.type
         if device != "meta" and torch.is_autocast_enabled(device):
             return x.to(torch.get_autocast_dtype(device))

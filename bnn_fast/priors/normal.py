@@ -16,16 +16,35 @@ class Normal:
         loc: mean; a number, or a tensor of the weight's shape.
         scale: standard deviation (not variance), positive; a number, or a tensor of the weight's shape.
 
-    Raises TypeError if an argument is neither, or is a tensor that requires grad (a prior is a constant
-    here), and ValueError if a scale is not positive or a value not finite. Tensors on the meta device are not
-    looked into.
+    A prior is a constant: a layer gets another one by `layer.prior = Normal(...)`, and AttributeError is raised
+    where `layer.prior.loc` is set.
+
+    Raises TypeError if an argument is neither, or is a tensor that requires grad, and ValueError if a scale is
+    not positive or a value not finite. Tensors on the meta device are not looked into.
     """
 
     __slots__ = ("loc", "scale")
 
     def __init__(self, loc: float | Tensor = 0.0, scale: float | Tensor = 1.0):
-        self.loc = _value("loc", loc, positive=False)
-        self.scale = _value("scale", scale, positive=True)
+        self._set(_value("loc", loc, positive=False), _value("scale", scale, positive=True))
+
+    @classmethod
+    def unchecked(cls, loc: float | Tensor, scale: float | Tensor) -> Normal:
+        """Of values that have passed the checks before: they look at the values, and so wait for the device."""
+        prior = cls.__new__(cls)
+        prior._set(loc, scale)
+        return prior
+
+    def _set(self, loc, scale) -> None:
+        object.__setattr__(self, "loc", loc)
+        object.__setattr__(self, "scale", scale)
+
+    def __setattr__(self, name: str, value) -> None:
+        raise AttributeError(f"a prior is a constant, its {name} cannot be set: give the layer another, "
+                             "layer.prior = bnn_fast.Normal(loc, scale)")
+
+    def __reduce__(self):
+        return Normal.unchecked, (self.loc, self.scale)
 
     def __repr__(self) -> str:
         return f"Normal(loc={_show(self.loc)}, scale={_show(self.scale)})"
@@ -44,6 +63,30 @@ class Normal:
         return isinstance(self.loc, Tensor) or isinstance(self.scale, Tensor)
 
 
+def as_normal(name: str, prior, mu: Tensor | None) -> Normal:
+    """prior as a Normal over mu's elements. One of torch.distributions is taken over: parameters of one element
+    as numbers, others broadcast to mu's shape.
+    """
+    if isinstance(prior, Normal):
+        return prior
+    if not isinstance(prior, torch.distributions.Normal):
+        raise TypeError(f"{name}: expected a Normal, given {checks.describe(prior)} "
+                        "(bnn_fast.Normal and torch.distributions.Normal will do)")
+    values = []
+    for kind in ("loc", "scale"):
+        value = getattr(prior, kind)
+        if value.dim() == 0 and not value.requires_grad:
+            value = value.item()
+        elif mu is not None:
+            try:
+                value = value.expand(mu.shape)
+            except RuntimeError:
+                raise ValueError(f"{name}.{kind}: expected to broadcast to {list(mu.shape)}, "
+                                 f"given {checks.describe(value)}") from None
+        values.append(value)
+    return Normal(*values)
+
+
 def _value(name: str, value, positive: bool) -> float | Tensor:
     expected = "positive and finite" if positive else "finite"
     if isinstance(value, Tensor):
@@ -58,8 +101,8 @@ def _value(name: str, value, positive: bool) -> float | Tensor:
                 raise ValueError(f"prior {name}: expected every element to be {expected}, "
                                  f"given {value[bad][0].item()} among {value.numel()} elements")
         return value
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"prior {name}: expected a number or a tensor, given {type(value).__name__}")
+    if not checks.is_number(value):
+        raise TypeError(f"prior {name}: expected a number or a tensor, given {checks.describe(value)}")
     if not math.isfinite(value) or (positive and value <= 0):
         raise ValueError(f"prior {name}: expected to be {expected}, given {value}")
     return float(value)
