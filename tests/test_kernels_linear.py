@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from judging import check_linear
 from kernels import (
     DRAWN,
     DTYPES,
@@ -15,13 +16,14 @@ from kernels import (
     KEY,
     KLS,
     SCALES,
-    check_linear,
+    expected_regime,
     in_every_regime,
     make_prior,
     one_thread,  # noqa: F401
     posterior,
     random,
     raw_linear,
+    regime_of,
 )
 
 from bnn_fast import Normal, functional
@@ -31,7 +33,7 @@ from bnn_fast import Normal, functional
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kl", KLS, ids=str)
 @pytest.mark.parametrize("scale", SCALES)
-def test_linear_options(scale, kl, dtype, inputs, batch):
+def test_linear_options(scale, kl, dtype, regime, inputs, batch):
     for tensors, bias, n_samples, offsets in itertools.product(
         (False, True), (False, True), (1, 3), ((0, 0), (5, 7))
     ):
@@ -50,6 +52,7 @@ def test_linear_options(scale, kl, dtype, inputs, batch):
             n_samples=n_samples,
             row_offset=offsets[0],
             column_offset=offsets[1],
+            regime=regime,
         )
 
 
@@ -99,8 +102,13 @@ def test_linear_narrow_shapes(outputs, inputs, n_samples):
     mu, rho = posterior(outputs, inputs)
     for batch in (1, 7, 8, 9, 63, 65, 257, 1100):
         x = random(n_samples * batch, inputs, seed=2)
+        regime = "small" if max(outputs, inputs) <= 64 and (n_samples == 1 or batch >= 8) else None
+        if regime and batch <= 32:
+            regime = regime if expected_regime("small", x.dtype) == "small" else "fused"
         for biases in ((None, None), posterior(outputs, seed=1)):
-            check_linear(x, mu, rho, *biases, n_samples=n_samples, row_offset=3, column_offset=2)
+            check_linear(
+                x, mu, rho, *biases, n_samples=n_samples, row_offset=3, column_offset=2, regime=regime
+            )
 
 
 @pytest.mark.parametrize("outputs, inputs", [(1, 20), (20, 1), (5, 5), (40, 17)])
@@ -145,7 +153,7 @@ def test_linear_long_sums(outputs, inputs):
 
 @in_every_regime
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-def test_linear_with_half_inputs_and_float_parameters(dtype, inputs, batch):
+def test_linear_with_half_inputs_and_float_parameters(dtype, regime, inputs, batch):
     for kl, n_samples, bias in itertools.product(KLS, (1, 3), (False, True)):
         mu, rho = posterior(19, inputs)
         check_linear(
@@ -156,6 +164,7 @@ def test_linear_with_half_inputs_and_float_parameters(dtype, inputs, batch):
             kl=kl,
             n_samples=n_samples,
             column_offset=3,
+            regime=regime,
         )
 
 
@@ -198,9 +207,10 @@ def test_linear_strides_and_dimensions(kl, n_samples, columns):
 
 
 @in_every_regime
-def test_linear_backward_takes_gradients_of_any_stride_and_either_alone(inputs, batch):
+def test_linear_backward_takes_gradients_of_any_stride_and_either_alone(regime, inputs, batch):
     mu, rho = posterior(9, inputs)
     x, biases = random(batch, inputs), posterior(9, seed=1)
+    assert regime_of(x, mu, 1) == expected_regime(regime, x.dtype)
     options = dict(
         prior=Normal(0.0, 1.0),
         bias_prior=Normal(0.0, 1.0),
@@ -234,14 +244,14 @@ def test_linear_backward_takes_gradients_of_any_stride_and_either_alone(inputs, 
 @in_every_regime
 @pytest.mark.parametrize("kl", ["analytic", "sampled"])
 @pytest.mark.parametrize("scale", SCALES)
-def test_linear_pruned_weights(scale, kl, inputs, batch):
+def test_linear_pruned_weights(scale, kl, regime, inputs, batch):
     for n_samples in (1, 3):
         mu, rho = posterior(9, inputs)
         bias_mu, bias_rho = posterior(9, seed=1)
         pruned, bias_pruned = random(9, inputs, seed=8) > 0, random(9, seed=9) > 0
         rho[pruned], bias_rho[bias_pruned] = -math.inf, -math.inf
         x = random(n_samples * batch, inputs, seed=2)
-        check_linear(x, mu, rho, bias_mu, bias_rho, scale=scale, kl=kl, n_samples=n_samples)
+        check_linear(x, mu, rho, bias_mu, bias_rho, scale=scale, kl=kl, n_samples=n_samples, regime=regime)
         gradients = raw_linear(
             x,
             mu,
@@ -264,27 +274,29 @@ def test_linear_pruned_weights(scale, kl, inputs, batch):
 
 
 @in_every_regime
-def test_linear_uses_the_weights_of_sample_normal(inputs, batch):
+def test_linear_uses_the_weights_of_sample_normal(regime, inputs, batch):
     """Row by row with x the identity's rows: every regime multiplies by the very weights, bit for bit."""
     mu, rho = posterior(24, inputs)
     drawn = functional.sample_normal(mu, rho, KEY, row_offset=2, column_offset=6)[0]
     eye = torch.eye(inputs).repeat(batch // inputs + 1, 1)[:batch]
+    assert regime_of(eye, mu, 1) == expected_regime(regime, eye.dtype)
     y, _ = functional.variational_linear(eye, mu, rho, None, None, KEY, row_offset=2, column_offset=6)
     assert torch.equal(y, drawn.T.repeat(batch // inputs + 1, 1)[:batch])
 
 
-@pytest.mark.parametrize("inputs", [16, 4], ids=["fused", "drawn"])
+@pytest.mark.parametrize("regime, batch", [("fused", 2), ("drawn", 33)])
 @pytest.mark.parametrize("kl", ["analytic", "sampled"])
 @pytest.mark.parametrize("scale", SCALES)
-def test_linear_gradcheck(scale, kl, inputs):
+def test_linear_gradcheck(scale, kl, regime, batch):
     def run(*arguments):
         return functional.variational_linear(
             *arguments, KEY, prior=Normal(0.2, 0.7), scale=scale, kl=kl, n_samples=2
         )
 
     arguments = (
-        random(4, inputs, dtype=torch.float64),
-        *posterior(3, inputs, dtype=torch.float64),
+        random(2 * batch, 4, dtype=torch.float64),
+        *posterior(3, 4, dtype=torch.float64),
         *posterior(3, dtype=torch.float64, seed=1),
     )
+    assert regime_of(*arguments[:2], 2) == regime
     assert torch.autograd.gradcheck(run, [a.requires_grad_() for a in arguments])

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from judging import check_linear
 from kernels import (
     DTYPES,
     HALVES,
@@ -13,7 +14,6 @@ from kernels import (
     KLS,
     OPS,
     SCALES,
-    check_linear,
     make_prior,
     posterior,
     random,
