@@ -90,7 +90,8 @@ class Operators:
 
     def missed(self) -> list[Missed]:
         """What of the kernels has not been executed in this process."""
-        return [one for path in set(self._files.values()) for one in missed(_parsed(path))]
+        files = {path.name for path in build.CSRC.rglob("*")}
+        return [one for path in set(self._files.values()) for one in missed(_parsed(path), files)]
 
     @contextlib.contextmanager
     def _tracked(self):

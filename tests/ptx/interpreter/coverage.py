@@ -1,4 +1,8 @@
-"""What of a module's kernels has been executed so far, for tests that no instruction is left out."""
+"""What of a module's kernels has been executed so far, for tests that no part of a kernel is left out.
+
+It is told by the places in the sources: a line, and the line that it was inlined into. An instruction itself may
+be one of many copies that the compiler has made of a place, for each value of some variable.
+"""
 
 from __future__ import annotations
 
@@ -12,28 +16,29 @@ class Missed(NamedTuple):
 
     kernel: str
     what: str
-    lines: tuple  # "file:line", innermost first
-    text: str  # of the instruction
+    place: tuple  # "file:line" of at most two lines, the inner one first
 
 
-def missed(module: Module) -> list[Missed]:
-    """Kernels that were never launched, instructions that no thread has executed, branches that were never
-    taken, or always.
+def missed(module: Module, files: set[str]) -> list[Missed]:
+    """Kernels that were never launched; places of which no thread has executed an instruction, or whose branches
+    were never taken, or always. Lines of other files than these count as the line that they were inlined into.
     """
     found = []
     for name in module.kernels:
         if name not in module.programs:
-            found.append(Missed(name, "never launched", (), ""))
+            found.append(Missed(name, "never launched", ()))
             continue
-        program = module.programs[name]
+        program, seen, branches = module.programs[name], {}, {}
         for pc, instruction in enumerate(program.instructions):
-            conditional = instruction.opcode[0] == "bra" and instruction.guard
-            ahead, aside = (pc, True) in program.outcomes, (pc, False) in program.outcomes
-            if conditional and ahead != aside:
-                what = "always taken" if ahead else "never taken"
-            elif not (ahead or aside):
-                what = "never executed"
-            else:
-                continue
-            found.append(Missed(name, what, instruction.lines, instruction.text))
+            place = tuple(line for line in instruction.lines if line.split(":")[0] in files)[:2]
+            outcomes = {ahead for ahead in (True, False) if (pc, ahead) in program.outcomes}
+            seen[place] = seen.get(place, False) or bool(outcomes)
+            if instruction.opcode[0] == "bra" and instruction.guard:
+                branches.setdefault(place, set()).update(outcomes)
+        found += [Missed(name, "never executed", place) for place, any_ in seen.items() if not any_]
+        found += [
+            Missed(name, "always taken" if True in outcomes else "never taken", place)
+            for place, outcomes in branches.items()
+            if len(outcomes) == 1
+        ]
     return found
