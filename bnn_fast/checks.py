@@ -5,6 +5,12 @@ They run at every call of an operator, so they compare attributes only and never
 """
 from __future__ import annotations
 
+import numbers
+import operator
+import warnings
+import weakref
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,10 +21,23 @@ _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _HALVES = (torch.bfloat16, torch.float16)
 
 
+_warned = weakref.WeakSet()     # models without variational layers
+
+
 def describe(value) -> str:
+    """What was given, in a few words whatever it is: shapes of tensors and arrays, how many a container holds."""
     if isinstance(value, Tensor):
         return f"a {str(value.dtype).removeprefix('torch.')} tensor {list(value.shape)} on {value.device}"
-    return f"{type(value).__name__} {value!r}"
+    if isinstance(value, np.ndarray):
+        return f"a numpy {value.dtype} array {list(value.shape)}"
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    kind = type(value).__name__
+    if isinstance(value, (tuple, list, dict, set, frozenset)):
+        first = "" if not isinstance(value, (tuple, list)) or not value else f", the first {describe(value[0])}"
+        return f"{kind} of {len(value)}{first}"
+    text = " ".join(repr(value).split())
+    return f"{kind} {text if len(text) <= 60 else text[:57] + '...'}"
 
 
 def choice(name: str, value, choices: dict) -> int:
@@ -30,12 +49,34 @@ def choice(name: str, value, choices: dict) -> int:
         raise ValueError(f"{name}: expected one of {known}, given {value!r}") from None
 
 
-def positive_int(name: str, value) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(f"{name}: expected an integer, given {describe(value)}")
-    if value < 1:
-        raise ValueError(f"{name}: expected at least 1, given {value}")
+def integer(name: str, value, lowest: int | None = None, otherwise: str = "") -> int:
+    """value as an int (numpy's integers count, True and tensors do not), if it is one and not below `lowest`."""
+    if type(value) is not int and not isinstance(value, torch.SymInt):
+        try:
+            if isinstance(value, (bool, Tensor)):  # which have __index__
+                raise TypeError
+            value = operator.index(value)
+        except TypeError:
+            raise TypeError(f"{name}: expected an integer{otherwise}, given {describe(value)}") from None
+    if lowest is not None and value < lowest:
+        raise ValueError(f"{name}: expected at least {lowest}, given {value}")
     return value
+
+
+def positive_int(name: str, value) -> int:
+    return integer(name, value, 1)
+
+
+def is_number(value) -> bool:
+    """Whether value is a real number; numpy's are, True and tensors are not."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def offsets(**values) -> None:
+    """Offsets and streams of the noise, by name. What is too large is the kernels' to tell."""
+    for name, value in values.items():
+        if type(value) is not int or value < 0:
+            integer(name, value, 0)
 
 
 def batch(name: str, value) -> None:
@@ -43,12 +84,36 @@ def batch(name: str, value) -> None:
         raise TypeError(f"{name}: expected a tensor [B, ...], given {describe(value)}")
 
 
+def module(name: str, value) -> None:
+    if not isinstance(value, torch.nn.Module):
+        raise TypeError(f"{name}: expected an nn.Module, given {describe(value)}")
+
+
+def any_layers(model: torch.nn.Module, layers, consequence: str) -> None:
+    """Warn, once for each model, if it has no variational layers; `consequence` says what that makes of the
+    caller's result.
+    """
+    if not layers and not torch.compiler.is_compiling() and model not in _warned:
+        _warned.add(model)
+        warnings.warn(f"model: expected variational layers, found none in {type(model).__name__}: {consequence}",
+                      stacklevel=3)
+
+
 def linear_input(x: Tensor, weight_mu: Tensor, n_samples: int) -> None:
     """x [..., in] against weight_mu [out, in]; dimension 0 of x holds n_samples equal parts."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x: expected a tensor [..., {weight_mu.shape[1]}], given {describe(x)}")
+    if x.is_nested:
+        raise TypeError("x: expected an ordinary tensor, given a nested one (nn.TransformerEncoder makes them of padded "
+                        "batches unless it has enable_nested_tensor=False)")
     shape = x.shape
     if not shape or shape[-1] != weight_mu.shape[1]:
-        raise ValueError(f"x: expected a last dimension of {weight_mu.shape[1]} (in_features), "
-                         f"given {describe(x)}")
+        given = describe(x)
+        if n_samples != 1 and shape and shape[0] % n_samples == 0:  # what the caller had before it was repeated
+            given = f"{[shape[0] // n_samples, *shape[1:]]} for each of {n_samples} draws"
+            if len(shape) == 1:
+                given += "; a single row is x.unsqueeze(0)"
+        raise ValueError(f"x: expected a last dimension of {weight_mu.shape[1]} (in_features), given {given}")
     if x.dtype != weight_mu.dtype and not (x.dtype in _HALVES and weight_mu.dtype == torch.float32):
         raise TypeError(f"x: expected {weight_mu.dtype} as the parameters have, given {describe(x)}")
     if x.device != weight_mu.device:

@@ -51,11 +51,12 @@ def posterior(*shape, dtype=torch.float32, seed=0) -> tuple[torch.Tensor, torch.
     return random(*shape, dtype=dtype, seed=seed), random(*shape, dtype=dtype, seed=seed + 100, mean=-1.0)
 
 
-def make_prior(tensors: bool, *shape, dtype=torch.float32, seed=0) -> Normal:
-    if not tensors:
-        return Normal(0.25, 0.5)
+def make_prior(tensors: bool | str, *shape, dtype=torch.float32, seed=0) -> Normal:
+    """Of numbers, of tensors, or with a tensor for its "loc" or "scale" alone."""
+    loc, scale = (tensors is True or tensors == name for name in ("loc", "scale"))
     return Normal(
-        random(*shape, dtype=dtype, seed=seed + 200), random(*shape, dtype=dtype, seed=seed + 300).abs() + 0.5
+        random(*shape, dtype=dtype, seed=seed + 200) if loc else 0.25,
+        random(*shape, dtype=dtype, seed=seed + 300).abs() + 0.5 if scale else 0.5,
     )
 
 

@@ -6,57 +6,19 @@ import math
 
 import pytest
 import torch
+from judging import check_overflow, overflowing
 from kernels import (
     DTYPES,
-    KEY,
     OPS,
     SCALES,
     code,
     in_every_regime,
     one_thread,  # noqa: F401
     random,
-    raw_linear,
     raw_sample,
 )
 
 from bnn_fast import Normal
-
-OPTIONS = dict(prior=Normal(), bias_prior=Normal(), row_offset=0, column_offset=0)
-
-
-def overflowing(rows: int, columns: int, dtype=torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
-    """rho where every second element's sigma is infinite, of "exp" and "sqrt_exp" in every type; which those are."""
-    rho = random(rows, columns, dtype=dtype, mean=-1.0)
-    large = (torch.arange(rows * columns) % 2 == 0).reshape(rows, columns)
-    rho[large] = 3e4
-    return rho, large
-
-
-def check_overflow(scale, outputs, inputs, batch, kl, n_samples, ops=OPS):
-    """The gradients that finite gradients of y, and one of the KL, give where sigma is infinite."""
-    rho, large = overflowing(outputs, inputs)
-    mu, x = random(outputs, inputs, seed=1), random(n_samples * batch, inputs, seed=2)
-    grad_y = random(n_samples * batch, outputs, seed=3)
-    options = OPTIONS | dict(scale=scale, kl=kl, n_samples=n_samples, grad_y=grad_y, ops=ops)
-
-    def by_rho(grad_y=grad_y, grad_kl=None):
-        options["grad_y"] = grad_y
-        return raw_linear(x, mu, rho, None, None, KEY, **options, grad_kl=grad_kl, need_grad_x=False)[2][1:3]
-
-    # The KL grows as sigma^2, what comes through the weights as sigma: the first decides.
-    d_mu, d_rho = by_rho(grad_kl=torch.tensor(0.3))
-    assert (d_rho[large] == math.inf).all() and d_rho[~large].isfinite().all()
-    assert kl == "sampled" or d_mu.isfinite().all()
-    d_rho = by_rho(grad_kl=torch.tensor(-0.3))[1]
-    assert (d_rho[large] == -math.inf).all()
-    # A KL of weight 0, as at the start of a warm-up, adds nothing; through the weights both signs come.
-    for nothing in (None, torch.tensor(0.0)):
-        d_mu, d_rho = by_rho(grad_kl=nothing)
-        assert d_mu.isfinite().all() and d_rho[large].isinf().all() and d_rho[~large].isfinite().all()
-        assert (d_rho == math.inf).any() and (d_rho == -math.inf).any()
-    # No gradient at all, as behind an activation that an infinite input has switched off
-    d_mu, d_rho = by_rho(torch.zeros_like(grad_y))
-    assert (d_mu == 0).all() and (d_rho == 0).all()
 
 
 @in_every_regime

@@ -4,58 +4,83 @@ cp.async, second tiles and rounds, several blocks of rows, more than one part of
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
-from judging import check_linear
-from kernels import HALVES, KLS, SCALES, make_prior, posterior, random, regime_of
+from judging import check_linear, check_overflow
+from kernels import (
+    DTYPES,
+    HALVES,
+    KEY,
+    KLS,
+    OPS,
+    SCALES,
+    make_prior,
+    posterior,
+    random,
+    raw_linear,
+    regime_of,
+)
+
+from bnn_fast import Normal
 
 # outputs, inputs: rows of x, or of grad_y, and of the weights are whole vectors of 16 bytes; more than one tile
 ALIGNED = [(72, 200), (200, 72)]
-SINGLE = (torch.float32, *HALVES)
 
 
-@pytest.mark.parametrize("n_samples", [1, 2, 4, 8])
-@pytest.mark.parametrize("dtype", SINGLE, ids=str)
-def test_fused_aligned_shapes(dtype, n_samples, cuda_ops):
-    """Every scale with every KL, for few and for many rows, priors of numbers and of tensors."""
-    most = 64 if dtype in HALVES and n_samples == 1 else 16
-    for i, (scale, kl) in enumerate((scale, kl) for scale in SCALES for kl in KLS):
-        (outputs, inputs), batch = ALIGNED[i % 2], (4, most)[(i + n_samples) % 2]
-        tensors = i // 2 % 2 == 0
-        check_linear(
-            random(n_samples * batch, inputs, dtype=dtype, seed=2),
-            *posterior(outputs, inputs, dtype=dtype),
-            *(posterior(outputs, dtype=dtype, seed=1) if i % 3 else (None, None)),
-            prior=make_prior(tensors, outputs, inputs, dtype=dtype),
-            bias_prior=make_prior(tensors, outputs, dtype=dtype, seed=1),
-            scale=scale,
-            kl=kl,
-            n_samples=n_samples,
-            column_offset=4 * (i % 2),
-            regime="fused",
-            ops=cuda_ops,
-        )
+ALL_OPTIONS = [(scale, kl) for scale in SCALES for kl in KLS]
+PRIORS = (True, False, "loc", "scale")
 
 
-@pytest.mark.parametrize("shape", [*ALIGNED, (71, 201)], ids=str)
+def check_fused(outputs, inputs, batch, x_dtype, dtype, n_samples, i, ops, **options):
+    """One of ALL_OPTIONS, with and without a bias, priors of numbers and of tensors."""
+    scale, kl = ALL_OPTIONS[i]
+    check_linear(
+        random(n_samples * batch, inputs, dtype=x_dtype, seed=2),
+        *posterior(outputs, inputs, dtype=dtype),
+        *(posterior(outputs, dtype=dtype, seed=1) if i % 3 else (None, None)),
+        prior=make_prior(PRIORS[i % 4], outputs, inputs, dtype=dtype),
+        bias_prior=make_prior(PRIORS[(i + 1) % 4], outputs, dtype=dtype, seed=1),
+        scale=scale,
+        kl=kl,
+        n_samples=n_samples,
+        regime="fused",
+        ops=ops,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("dtype, parameters", [
+    (torch.float32, torch.float32),
+    *((half, kind) for half in HALVES for kind in (half, torch.float32)),
+], ids=str)
+def test_fused_aligned_shapes(dtype, parameters, cuda_ops):
+    """For few and for many rows, and one to eight samples: three keep one of four warps idle."""
+    for i in range(9):
+        check_fused(*ALIGNED[i % 2], (16, 3)[i % 2], dtype, parameters, 1, i, cuda_ops, column_offset=4 * (i % 2))
+    for n_samples, batch, i in ((3, 4, 7), (3, 16, 8), (8, 4, 4), (8, 16, 2)):
+        check_fused(*ALIGNED[i % 2], batch, dtype, parameters, n_samples, i, cuda_ops)
+
+
+@pytest.mark.parametrize("shape", [(200, 72), (71, 201)], ids=str)
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("parameters", [torch.float32, None], ids=["float parameters", "its own"])
 def test_fused_kernels_for_many_rows_of_16_bits(parameters, dtype, shape, cuda_ops):
-    kind = parameters or dtype
-    for i, (scale, kl) in enumerate(((0, 1), (1, 2), (2, 0), (0, 2), (1, 1), (2, 2), (2, 1))):
-        check_linear(
-            random(17 + 8 * i, shape[1], dtype=dtype, seed=2),
-            *posterior(*shape, dtype=kind),
-            *posterior(shape[0], dtype=kind, seed=1),
-            prior=make_prior(i % 2 == 1, *shape, dtype=kind),
-            bias_prior=make_prior(i % 2 == 0, shape[0], dtype=kind, seed=1),
-            scale=SCALES[scale],
-            kl=KLS[kl],
-            regime="fused",
-            ops=cuda_ops,
-        )
+    first = 0 if shape[0] == 200 else 1
+    for i in range(9):
+        if shape[0] == 200 or i % 2 == first:
+            check_fused(*shape, 17 + 5 * i, dtype, parameters or dtype, 1, i, cuda_ops)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("outputs, inputs, batch", [(19, 37, 5), (200, 72, 4), (200, 72, 16), (200, 72, 64)])
+def test_without_the_gradient_of_x(outputs, inputs, batch, dtype, cuda_ops):
+    arguments = (random(batch, inputs, dtype=dtype), *posterior(outputs, inputs, dtype=dtype), None, None, KEY)
+    options = dict(prior=Normal(), bias_prior=Normal(), scale="softplus", kl=None, n_samples=1, row_offset=0,
+                   column_offset=0, grad_y=random(batch, outputs, dtype=dtype, seed=4), ops=cuda_ops)
+    whole = raw_linear(*arguments, **options)[2]
+    without = raw_linear(*arguments, **options, need_grad_x=False)[2]
+    assert without[0].shape == (0,) and whole[0].shape == (batch, inputs)
+    assert torch.equal(whole[1], without[1]) and torch.equal(whole[2], without[2])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -75,8 +100,7 @@ def test_rows_that_are_whole_vectors_but_begin_amid_one(dtype, cuda_ops):
     )
 
 
-@pytest.mark.parametrize("kl", ["analytic", "sampled"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype, kl", [(torch.float32, "sampled"), (torch.float64, None), (torch.bfloat16, "analytic")])
 def test_a_block_of_a_small_layer_walks_several_tiles(dtype, kl, cuda_ops):
     check_linear(
         random(265 * 70, 3, dtype=dtype, seed=2),
@@ -128,7 +152,12 @@ def test_drawn_in_several_blocks_of_rows(outputs, inputs, batch, n_samples, dtyp
 
 
 def test_more_parts_of_the_kl_than_threads(cuda_ops):
-    check_linear(random(16, 4), *posterior(4112, 4), *posterior(4112, seed=1), n_samples=8, regime="fused", ops=cuda_ops)
+    mu, rho = posterior(4112, 4)
+    tail = (mu, rho, None, None, KEY, None, None, None, None, 0.0, 1.0, 0.0, 1.0, 0, 1, 5, 0, 0)
+    x = random(5, 4)
+    assert regime_of(x, mu, 5, cuda_ops) == "fused"
+    for got, expected in zip(cuda_ops._variational_linear(x, *tail), OPS._variational_linear(x, *tail)):
+        torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-5)
 
 
 @pytest.mark.parametrize("n_samples", [1, 2])
@@ -136,6 +165,4 @@ def test_more_parts_of_the_kl_than_threads(cuda_ops):
 @pytest.mark.parametrize("outputs, inputs, batch", [(20, 8, 5), (68, 8, 4), (68, 8, 40)])
 @pytest.mark.parametrize("scale", ["exp", "sqrt_exp"])
 def test_an_overflowing_sigma_has_an_infinite_gradient(scale, outputs, inputs, batch, kl, n_samples, cuda_ops):
-    from test_kernels_overflow import check_overflow
-
     check_overflow(scale, outputs, inputs, batch, kl, n_samples, ops=cuda_ops)

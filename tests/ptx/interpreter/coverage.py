@@ -21,7 +21,7 @@ class Missed(NamedTuple):
 
 def missed(module: Module, files: set[str]) -> list[Missed]:
     """Kernels that were never launched; places of which no thread has executed an instruction, or whose branches
-    were never taken, or always. Lines of other files than these count as the line that they were inlined into.
+    were never taken, or always; loops that never went round again, or never ended. Lines of other files than these count as the line that they were inlined into.
     """
     found = []
     for name in module.kernels:
@@ -34,11 +34,12 @@ def missed(module: Module, files: set[str]) -> list[Missed]:
             outcomes = {ahead for ahead in (True, False) if (pc, ahead) in program.outcomes}
             seen[place] = seen.get(place, False) or bool(outcomes)
             if instruction.opcode[0] == "bra" and instruction.guard:
-                branches.setdefault(place, set()).update(outcomes)
+                back = program.labels[instruction.operands[0].name] <= pc  # the next round of a loop
+                branches.setdefault((place, back), set()).update(outcomes)
         found += [Missed(name, "never executed", place) for place, any_ in seen.items() if not any_]
         found += [
-            Missed(name, "always taken" if True in outcomes else "never taken", place)
-            for place, outcomes in branches.items()
+            Missed(name, ("always" if True in outcomes else "never") + (" repeated" if back else " taken"), place)
+            for (place, back), outcomes in branches.items()
             if len(outcomes) == 1
         ]
     return found
