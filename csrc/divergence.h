@@ -46,9 +46,12 @@ template <class F> BNN_FN F kl_by_location(F value, const PriorAt<F>& prior) {
   return (value - prior.loc) * prior.inverse * prior.inverse;
 }
 
-// The derivative of the analytic KL by rho: sigma sigma' / t^2 - (log sigma)'.
+// The derivative of the analytic KL by rho, in units (posterior.h): sigma sigma' / t^2 - (log sigma)'.
 template <class F> BNN_FN F kl_by_rho(const Spread<F>& s, const PriorAt<F>& prior) {
-  return fma_lane(s.sigma * prior.inverse, s.d_sigma * prior.inverse, -s.d_log_sigma);
+  return fma_lane(s.sigma * prior.inverse, s.d_sigma * prior.inverse, -s.d_log_sigma * s.inverse_unit);
 }
+
+// What is left of it of the sampled KL, whose other terms come by way of the weights.
+template <class F> BNN_FN F sampled_kl_by_rho(const Spread<F>& s) { return -s.d_log_sigma * s.inverse_unit; }
 
 BNN_FAST_END

@@ -1,7 +1,8 @@
 // The variational linear layer as every device sees it: arguments and their checks, the two operators, and the large-batch regime,
 // which is drawing and the vendor's GEMM.
 //
-//   fused (small batch)  weights are drawn tile by tile and never written: the device's own kernels
+//   small, fused         (few weights, small batch) products by the device's own kernels, which the fused ones draw tile by tile
+//                        and never write
 //   drawn (large batch)  one pass draws the weights with their KL, the vendor's GEMM multiplies; backward, the same pass and
 //                        GEMM give dx, another GEMM dW, and one pass turns dW into dmu and drho
 //
@@ -10,7 +11,8 @@
 //   void sample(posterior, divergence, samples, weight, type)   draws weights, none if weight is null; adds to the KL
 //   void sample_backward(problem)
 //   Tensor empty(like, shape, dtype)                            fresh memory for something as large as the weights
-//   bool fused(a, x, batch)                                     the choice between the regimes
+//   static Regime choose(posterior, x's dtype, samples, batch)  the choice among the regimes
+//   Regime regime                                               of this call, as chosen
 //   Tensor fused_forward(a, x, batch)                           y; adds to the KL
 //   void fused_backward(a, x, grad_y, grad_kl, batch, grads)
 //   Tensor kl()
@@ -21,13 +23,16 @@
 
 namespace bnn_fast {
 
+// Their numbers are what _linear_regime returns.
+enum class Regime { kSmall, kFused, kDrawn };
+
 struct LinearArguments {
   PosteriorTensors weight;
   std::optional<PosteriorTensors> bias;
   int64_t divergence, samples;
 
   LinearArguments(const Tensor& weight_mu, const Tensor& weight_rho, const OptionalTensor& bias_mu, const OptionalTensor& bias_rho,
-                  const Tensor& key, const PriorArguments& weight_prior, const PriorArguments& bias_prior, int64_t scale,
+                  const OptionalTensor& key, const PriorArguments& weight_prior, const PriorArguments& bias_prior, int64_t scale,
                   int64_t kl, int64_t n_samples, int64_t row_offset, int64_t column_offset)
       : weight(make_posterior(weight_mu, weight_rho, key, weight_prior, scale, 0, row_offset, column_offset)),
         divergence(kl),
@@ -176,6 +181,12 @@ void drawn_backward(Device& device, const LinearArguments& a, const Tensor& x, c
   sum_to_bias(1);
 }
 
+// The regime that both operators choose for a layer of these weights on x.
+template <class Device> int64_t linear_regime(const Tensor x, const Tensor weight_mu, int64_t n_samples) {
+  LinearArguments a(weight_mu, weight_mu, {}, {}, {}, {{}, {}, 0, 1}, {{}, {}, 0, 1}, kSoftplus, kNone, n_samples, 0, 0);
+  return static_cast<int64_t>(Device::choose(a.weight.view, x.scalar_type(), n_samples, a.check_input(x)));
+}
+
 template <class Device>
 std::tuple<Tensor, Tensor> variational_linear(const Tensor x, const Tensor weight_mu, const Tensor weight_rho,
                                               OptionalTensor bias_mu, OptionalTensor bias_rho, const Tensor key,
@@ -187,7 +198,8 @@ std::tuple<Tensor, Tensor> variational_linear(const Tensor x, const Tensor weigh
                     {bias_loc, bias_sd, bias_loc_number, bias_sd_number}, scale, kl, n_samples, row_offset, column_offset);
   int64_t batch = a.check_input(x);
   Device device(a);
-  Tensor y = device.fused(a, x, batch) ? device.fused_forward(a, dense(x), batch) : drawn_forward(device, a, x, batch);
+  device.regime = Device::choose(a.weight.view, x.scalar_type(), a.samples, batch);
+  Tensor y = device.regime == Regime::kDrawn ? drawn_forward(device, a, x, batch) : device.fused_forward(a, dense(x), batch);
   return {reshaped(y, a.output_shape(x)), device.kl()};
 }
 
@@ -211,10 +223,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> variational_linear_backward(
     int64_t batch = a.check_input(*x);
     Shape shape = a.output_shape(*x);
     check_gradient(*grad_y, "grad_y", shape, x->scalar_type(), weight_mu);
-    if (device.fused(a, *x, batch))
-      device.fused_backward(a, dense(*x), *grad_y, k, need_grad_x, batch, grads);
-    else
+    device.regime = Device::choose(a.weight.view, x->scalar_type(), a.samples, batch);
+    if (device.regime == Regime::kDrawn)
       drawn_backward(device, a, *x, *grad_y, k, need_grad_x, batch, grads);
+    else
+      device.fused_backward(a, dense(*x), *grad_y, k, need_grad_x, batch, grads);
   } else {
     device.sample_backward(SampleBackward{a.weight.view, static_cast<int>(kl), n_samples, nullptr, a.weight.view.type, k,
                                           grads.weight_mu.mutable_data_ptr(), grads.weight_rho.mutable_data_ptr()});

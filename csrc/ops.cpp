@@ -30,4 +30,6 @@ BNN_FAST_DEFINE(BNN_FAST_LIBRARY, m) {
       "float loc, float sd, float bias_loc_number, float bias_sd_number, int scale, int kl, int n_samples, int row_offset, "
       "int column_offset, bool need_grad_x) -> (Tensor grad_x, Tensor grad_weight_mu, Tensor grad_weight_rho, "
       "Tensor grad_bias_mu, Tensor grad_bias_rho)");
+  // 0 small (the CPU's narrow.h, CUDA's small_linear*), 1 fused, 2 drawn (layer.h)
+  m.def("_linear_regime(Tensor x, Tensor weight_mu, int n_samples) -> int");
 }

@@ -4,6 +4,9 @@
 //
 // log sigma and d log sigma / d rho are computed directly: at rho = -120 sigma has underflowed, yet its logarithm is -120
 // and the derivative of that is 1. rho = -inf is a pruned weight: sigma = 0.
+//
+// Where sigma grows exponentially with rho it may overflow, and sigma' with it. Derivatives by rho are therefore summed in
+// units of max(sigma, 1), and multiplied by that at the end (in_full): inf - inf and 0 inf do not come up.
 #pragma once
 
 #include "elementary.h"
@@ -16,10 +19,24 @@ template <class Scalar> BNN_FN constexpr Scalar largest() {
   return static_cast<Scalar>(sizeof(Scalar) == 4 ? 3.40282347e38 : 1.7976931348623157e308);
 }
 
+// a b, and 0 for a = 0 even if b has overflowed.
+template <class F> BNN_FN F times(F a, F b) {
+  return select(a == typename Lane<F>::Scalar(0), a, a * b);
+}
+
 // Unused members cost nothing: everything is inlined.
 template <class F> struct Spread {
-  F sigma, log_sigma, d_sigma, d_log_sigma;
+  F sigma, log_sigma;
+  F d_sigma;           // sigma' / unit
+  F d_log_sigma;       // (log sigma)'
+  F inverse_unit;      // 1 / unit, for the others
 };
+
+// From a derivative by rho in units to the derivative.
+template <class F> BNN_FN F in_full(int scale, F sigma, F by_rho) {
+  if (scale == kSoftplus) return by_rho;  // sigma' is at most 1, and so is the unit
+  return times(by_rho, select(sigma > typename Lane<F>::Scalar(1), sigma, splat<F>(1)));
+}
 
 // Far below zero log(log(1 + e^rho)) = rho - e^rho / 2 + ..., and e^rho / 2 is less than half an ulp of rho.
 template <class F> BNN_FN auto in_tail(F rho) {
@@ -39,14 +56,18 @@ template <int scale, class F> BNN_FN Spread<F> spread(F rho) {
     auto tail = in_tail(rho);
     s.log_sigma = select(tail, rho, log_lane(s.sigma));
     s.d_log_sigma = select(tail, one, quotient(s.d_sigma, s.sigma));
+    s.inverse_unit = one;
   } else {
     constexpr Scalar power = scale == kExp ? 1 : 0.5;
     // A finite logarithm, so that the KL of an infinite sigma is inf, not inf - inf.
     F most = splat<F>(largest<Scalar>());
     s.log_sigma = select(rho > most, most, rho) * power;
     s.sigma = exp_lane(s.log_sigma);
-    s.d_sigma = s.sigma * power;
+    F one = splat<F>(1);
+    auto large = s.sigma > Scalar(1);
+    s.d_sigma = select(large, one, s.sigma) * power;
     s.d_log_sigma = splat<F>(power);
+    s.inverse_unit = select(large, quotient(one, s.sigma), one);
   }
   return s;
 }

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from judging import check_linear
 from kernels import (
     DRAWN,
     DTYPES,
@@ -15,13 +16,14 @@ from kernels import (
     KEY,
     KLS,
     SCALES,
-    check_linear,
+    expected_regime,
     in_every_regime,
     make_prior,
     one_thread,  # noqa: F401
     posterior,
     random,
     raw_linear,
+    regime_of,
 )
 
 from bnn_fast import Normal, functional
@@ -31,7 +33,7 @@ from bnn_fast import Normal, functional
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kl", KLS, ids=str)
 @pytest.mark.parametrize("scale", SCALES)
-def test_linear_options(scale, kl, dtype, inputs, batch):
+def test_linear_options(scale, kl, dtype, regime, inputs, batch):
     for tensors, bias, n_samples, offsets in itertools.product(
         (False, True), (False, True), (1, 3), ((0, 0), (5, 7))
     ):
@@ -50,6 +52,7 @@ def test_linear_options(scale, kl, dtype, inputs, batch):
             n_samples=n_samples,
             row_offset=offsets[0],
             column_offset=offsets[1],
+            regime=regime,
         )
 
 
@@ -89,53 +92,6 @@ def test_linear_awkward_shapes(outputs, inputs, n_samples):
         )
 
 
-@pytest.mark.parametrize("n_samples", [1, 3])
-@pytest.mark.parametrize(
-    "outputs, inputs",
-    [(1, 16), (1, 20), (1, 33), (1, 64), (17, 1), (20, 1), (7, 8), (8, 7), (15, 17), (16, 16), (33, 9), (9, 33), (48, 20), (64, 64), (65, 64), (64, 65)],
-)
-def test_linear_narrow_shapes(outputs, inputs, n_samples):
-    """Around whole vectors of outputs and inputs; batches around whole blocks of rows, sums and tasks."""
-    mu, rho = posterior(outputs, inputs)
-    for batch in (1, 7, 8, 9, 63, 65, 257, 1100):
-        x = random(n_samples * batch, inputs, seed=2)
-        for biases in ((None, None), posterior(outputs, seed=1)):
-            check_linear(x, mu, rho, *biases, n_samples=n_samples, row_offset=3, column_offset=2)
-
-
-@pytest.mark.parametrize("outputs, inputs", [(1, 20), (20, 1), (5, 5), (40, 17)])
-def test_linear_takes_nothing_from_beyond_its_rows(outputs, inputs):
-    """Rows shorter than a vector are read beyond their end: what is there must not matter."""
-    mu, rho = posterior(outputs, inputs)
-    options = dict(prior=Normal(), bias_prior=Normal(), scale="softplus", kl="analytic", n_samples=1)
-    options |= dict(row_offset=0, column_offset=0, grad_kl=torch.tensor(1.0))
-    for rows in (1, 9, 300):
-        x, grad_y = random(rows, inputs, seed=2), random(rows, outputs, seed=7)
-        y, _, gradients = raw_linear(x, mu, rho, None, None, KEY, **options, grad_y=grad_y)
-        amid_nan = [torch.full((rows + 40, t.shape[1]), math.nan) for t in (x, grad_y)]
-        for whole, t in zip(amid_nan, (x, grad_y)):
-            whole[20:-20] = t
-        x, grad_y = (t[20:-20] for t in amid_nan)
-        again = raw_linear(x, mu, rho, None, None, KEY, **options, grad_y=grad_y)
-        for a, b in zip((y, *gradients), (again[0], *again[2])):
-            assert torch.equal(a, b)
-
-
-@pytest.mark.parametrize("outputs, inputs", [(1, 20), (1, 33), (20, 1), (20, 20)])
-def test_linear_keeps_an_infinity_in_its_row(outputs, inputs):
-    """Where vectors overlap, no element may count twice or meet a zero: inf * 0 is NaN."""
-    options = dict(prior=Normal(), bias_prior=Normal(), scale="softplus", kl="analytic", n_samples=1)
-    options |= dict(row_offset=0, column_offset=0, grad_kl=torch.tensor(1.0))
-    mu, rho = posterior(outputs, inputs)
-    for row, place in itertools.product((0, 4, 8), range(max(inputs, outputs))):
-        x, grad_y = random(9, inputs, seed=2), random(9, outputs, seed=7)
-        x[row, place % inputs] = grad_y[row, place % outputs] = math.inf
-        y, _, (grad_x, *_) = raw_linear(x, mu, rho, None, None, KEY, **options, grad_y=grad_y)
-        for result in (y, grad_x):
-            assert result[row].isinf().all()
-            assert result.isfinite().sum() == result.numel() - result.shape[1]
-
-
 @pytest.mark.parametrize("outputs, inputs", [(8192, 32), (4, 65536)])
 def test_linear_long_sums(outputs, inputs):
     """Sums over many inputs (y) and outputs (the gradient of x) must not be one long chain of roundings."""
@@ -144,8 +100,28 @@ def test_linear_long_sums(outputs, inputs):
 
 
 @in_every_regime
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64, torch.bfloat16), ids=str)
+def test_linear_small_elements_are_as_right_as_large_ones(dtype, regime, inputs, batch):
+    """Rows of x, and columns of the gradient of y, of four orders of magnitude: so have all results."""
+
+    def graded(n):
+        return (10.0 ** -(torch.arange(n) % 4)).to(dtype)
+
+    for n_samples in (1, 2):
+        rows = n_samples * batch
+        check_linear(
+            random(rows, inputs, dtype=dtype, seed=2) * graded(rows).unsqueeze(1),
+            *posterior(19, inputs, dtype=dtype),
+            kl=None,
+            n_samples=n_samples,
+            grad_y=random(rows, 19, dtype=dtype, seed=7) * graded(19),
+            regime=regime,
+        )
+
+
+@in_every_regime
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-def test_linear_with_half_inputs_and_float_parameters(dtype, inputs, batch):
+def test_linear_with_half_inputs_and_float_parameters(dtype, regime, inputs, batch):
     for kl, n_samples, bias in itertools.product(KLS, (1, 3), (False, True)):
         mu, rho = posterior(19, inputs)
         check_linear(
@@ -156,6 +132,7 @@ def test_linear_with_half_inputs_and_float_parameters(dtype, inputs, batch):
             kl=kl,
             n_samples=n_samples,
             column_offset=3,
+            regime=regime,
         )
 
 
@@ -198,9 +175,10 @@ def test_linear_strides_and_dimensions(kl, n_samples, columns):
 
 
 @in_every_regime
-def test_linear_backward_takes_gradients_of_any_stride_and_either_alone(inputs, batch):
+def test_linear_backward_takes_gradients_of_any_stride_and_either_alone(regime, inputs, batch):
     mu, rho = posterior(9, inputs)
     x, biases = random(batch, inputs), posterior(9, seed=1)
+    assert regime_of(x, mu, 1) == expected_regime(regime, x.dtype)
     options = dict(
         prior=Normal(0.0, 1.0),
         bias_prior=Normal(0.0, 1.0),
@@ -234,14 +212,14 @@ def test_linear_backward_takes_gradients_of_any_stride_and_either_alone(inputs, 
 @in_every_regime
 @pytest.mark.parametrize("kl", ["analytic", "sampled"])
 @pytest.mark.parametrize("scale", SCALES)
-def test_linear_pruned_weights(scale, kl, inputs, batch):
+def test_linear_pruned_weights(scale, kl, regime, inputs, batch):
     for n_samples in (1, 3):
         mu, rho = posterior(9, inputs)
         bias_mu, bias_rho = posterior(9, seed=1)
         pruned, bias_pruned = random(9, inputs, seed=8) > 0, random(9, seed=9) > 0
         rho[pruned], bias_rho[bias_pruned] = -math.inf, -math.inf
         x = random(n_samples * batch, inputs, seed=2)
-        check_linear(x, mu, rho, bias_mu, bias_rho, scale=scale, kl=kl, n_samples=n_samples)
+        check_linear(x, mu, rho, bias_mu, bias_rho, scale=scale, kl=kl, n_samples=n_samples, regime=regime)
         gradients = raw_linear(
             x,
             mu,
@@ -264,27 +242,29 @@ def test_linear_pruned_weights(scale, kl, inputs, batch):
 
 
 @in_every_regime
-def test_linear_uses_the_weights_of_sample_normal(inputs, batch):
+def test_linear_uses_the_weights_of_sample_normal(regime, inputs, batch):
     """Row by row with x the identity's rows: every regime multiplies by the very weights, bit for bit."""
     mu, rho = posterior(24, inputs)
     drawn = functional.sample_normal(mu, rho, KEY, row_offset=2, column_offset=6)[0]
     eye = torch.eye(inputs).repeat(batch // inputs + 1, 1)[:batch]
+    assert regime_of(eye, mu, 1) == expected_regime(regime, eye.dtype)
     y, _ = functional.variational_linear(eye, mu, rho, None, None, KEY, row_offset=2, column_offset=6)
     assert torch.equal(y, drawn.T.repeat(batch // inputs + 1, 1)[:batch])
 
 
-@pytest.mark.parametrize("inputs", [16, 4], ids=["fused", "drawn"])
+@pytest.mark.parametrize("regime, batch", [("fused", 2), ("drawn", 33)])
 @pytest.mark.parametrize("kl", ["analytic", "sampled"])
 @pytest.mark.parametrize("scale", SCALES)
-def test_linear_gradcheck(scale, kl, inputs):
+def test_linear_gradcheck(scale, kl, regime, batch):
     def run(*arguments):
         return functional.variational_linear(
             *arguments, KEY, prior=Normal(0.2, 0.7), scale=scale, kl=kl, n_samples=2
         )
 
     arguments = (
-        random(4, inputs, dtype=torch.float64),
-        *posterior(3, inputs, dtype=torch.float64),
+        random(2 * batch, 4, dtype=torch.float64),
+        *posterior(3, 4, dtype=torch.float64),
         *posterior(3, dtype=torch.float64, seed=1),
     )
+    assert regime_of(*arguments[:2], 2) == regime
     assert torch.autograd.gradcheck(run, [a.requires_grad_() for a in arguments])

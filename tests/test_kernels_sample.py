@@ -7,14 +7,13 @@ import math
 
 import pytest
 import torch
+from judging import check_kl, check_sample
 from kernels import (
     DTYPES,
     KEY,
     KLS,
     OPS,
     SCALES,
-    check_kl,
-    check_sample,
     code,
     one_thread,  # noqa: F401
     posterior,

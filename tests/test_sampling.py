@@ -217,6 +217,30 @@ def test_contexts_nest_and_restore(twin, x):
     assert not torch.equal(model(x), model(x))
 
 
+def test_a_context_entered_again_restores_what_it_found_each_time(twin, x):
+    model = network()
+    expected = []
+    for seed in (1, 2):
+        with bf.sampling(model, seed=seed):
+            expected.append(model(x))
+    with bf.sampling(model, mean=True):
+        expected.append(model(x))
+    first, again, mean = expected
+    context = bf.sampling(model, seed=2)
+    with bf.sampling(model, seed=1):
+        with context:
+            with bf.sampling(model, mean=True):
+                with context:
+                    assert torch.equal(model(x), again)
+                assert torch.equal(model(x), mean)
+                with pytest.raises(RuntimeError, match="boom"), context:
+                    raise RuntimeError("boom")
+                assert torch.equal(model(x), mean)
+            assert torch.equal(model(x), again)
+        assert torch.equal(model(x), first)
+    assert not torch.equal(model(x), model(x))
+
+
 def test_a_context_holds_for_its_thread(twin, x):
     model = network()
     outputs, barrier = {}, threading.Barrier(2)

@@ -160,7 +160,7 @@ template <class F> struct GradientSpan {
     }
   }
 
-  // sigma, sigma' and the KL's own part of the gradient by rho.
+  // sigma, and in units (posterior.h) sigma' and the KL's own part of the gradient by rho.
   void move_to(const Span& span) {
     mu = load_span<F>(p.mu, p.type, p.columns, span, 0, mu_scratch);
     rho = load_span<F>(p.rho, p.type, p.columns, span, -INFINITY, rho_scratch);
@@ -174,9 +174,9 @@ template <class F> struct GradientSpan {
         store<F>(sigma + i, s.sigma);
         store<F>(d_sigma + i, s.d_sigma);
         if (divergence == kAnalytic)
-          store<F>(kl_rho + i, load<F>(factor + i) * kl_by_rho(s, prior.at(i)));
+          store<F>(kl_rho + i, times(load<F>(factor + i), kl_by_rho(s, prior.at(i))));
         else if (divergence == kSampled)
-          store<F>(kl_rho + i, -(load<F>(factor + i) * s.d_log_sigma));
+          store<F>(kl_rho + i, load<F>(factor + i) * sampled_kl_by_rho(s));
       }
     });
   }
@@ -209,11 +209,11 @@ template <class F> struct GradientSpan {
         F m, r;
         by_mu_and_sigma(i, m, r);
         r *= load<F>(d_sigma + i);
-        if (divergence == kAnalytic) m += load<F>(factor + i) * kl_by_location(load<F>(mu + i), prior.at(i));
+        if (divergence == kAnalytic) m += times(load<F>(factor + i), kl_by_location(load<F>(mu + i), prior.at(i)));
         if (divergence != kNone) r += load<F>(kl_rho + i);
         auto pruned = is_pruned(load<F>(rho + i));
         store<F>(d_mu.target + i, select(pruned, splat<F>(0), m));
-        store<F>(d_rho.target + i, select(pruned, splat<F>(0), r));
+        store<F>(d_rho.target + i, select(pruned, splat<F>(0), in_full(p.scale, load<F>(sigma + i), r)));
       }
     };
     if (!through_weights(of))
@@ -243,7 +243,7 @@ template <class F> struct GradientSpan {
     F g = of.grad_weight ? load<F>(of.grad_weight + i) : splat<F>(0);
     if (divergence != kSampled) return g;
     F share = splat<F>(S(1) / static_cast<S>(samples));
-    return g + load<F>(factor + i) * share * kl_by_location(load<F>(of.weight + i), prior.at(i));
+    return g + times(load<F>(factor + i) * share, kl_by_location(load<F>(of.weight + i), prior.at(i)));
   }
 };
 

@@ -8,23 +8,6 @@
 namespace bnn_fast {
 namespace {
 
-enum class Regime { kNarrow, kFused, kDrawn };
-
-// Narrow needs no packing and no GEMM, but its backward draws twice. Measured on two cores with AVX-512, from 8 x 8 to 64 x 64
-// weights, forward and backward: 0.7 to 1.05 of the fused regime's time up to batch 32, 0.4 to 0.7 of the drawn regime's
-// above; but with many samples of one row each, 2 of the fused regime's backward, and the two are level at 8 rows.
-//
-// Fused saves writing and reading the weights, but its products run at a part of the GEMM's rate: it pays while there are few
-// rows for each weight, and few are fewer where the weights stay in the cache anyway. Measured on two cores with AVX-512,
-// forward and backward: fused over drawn is 0.7 to 0.9 up to batch 128 from 256 x 256 weights on, with the crossing near
-// 256; below, it crosses 1 between 32 and 64.
-Regime choose_regime(const Posterior& weight, ScalarType activations, int64_t samples, int64_t batch) {
-  bool single = weight.type == Type::kFloat32 && activations == ScalarType::Float;
-  bool narrow = weight.rows <= kNarrow && weight.columns <= kNarrow && (samples == 1 || batch >= 8);
-  if (single && narrow && cpu_kernels().narrow_forward) return Regime::kNarrow;
-  return batch <= (weight.rows * weight.columns >= 1 << 15 ? 128 : 32) ? Regime::kFused : Regime::kDrawn;
-}
-
 // grad_bias[s] = sum_b grad_y[s, b]
 template <class T> void sum_batch(const Tensor& grad_y, int64_t samples, int64_t batch, int64_t rows, void* grad_bias) {
   const T* data = static_cast<const T*>(grad_y.const_data_ptr());
@@ -39,6 +22,8 @@ template <class T> void sum_batch(const Tensor& grad_y, int64_t samples, int64_t
 
 class Cpu {
  public:
+  Regime regime = Regime::kDrawn;
+
   explicit Cpu(const LinearArguments& a) : like(a.weight.mu) {}
 
   void sample(const Posterior& p, int64_t divergence, int64_t samples, void* weight, Type type) {
@@ -49,13 +34,23 @@ class Cpu {
 
   Tensor empty(const Tensor& t, const Shape& shape, ScalarType dtype) { return empty_large(t, shape, dtype); }
 
-  bool fused(const LinearArguments& a, const Tensor& x, int64_t batch) {
-    regime = choose_regime(a.weight.view, x.scalar_type(), a.samples, batch);
-    return regime != Regime::kDrawn;
+  // Narrow needs no packing and no GEMM, but its backward draws twice. Measured on two cores with AVX-512, from 8 x 8 to 64 x 64
+  // weights, forward and backward: 0.7 to 1.05 of the fused regime's time up to batch 32, 0.4 to 0.7 of the drawn regime's
+  // above; but with many samples of one row each, 2 of the fused regime's backward, and the two are level at 8 rows.
+  //
+  // Fused saves writing and reading the weights, but its products run at a part of the GEMM's rate: it pays while there are few
+  // rows for each weight, and few are fewer where the weights stay in the cache anyway. Measured on two cores with AVX-512,
+  // forward and backward: fused over drawn is 0.7 to 0.9 up to batch 128 from 256 x 256 weights on, with the crossing near
+  // 256; below, it crosses 1 between 32 and 64.
+  static Regime choose(const Posterior& weight, ScalarType activations, int64_t samples, int64_t batch) {
+    bool single = weight.type == Type::kFloat32 && activations == ScalarType::Float;
+    bool narrow = weight.rows <= kNarrow && weight.columns <= kNarrow && (samples == 1 || batch >= 8);
+    if (single && narrow && cpu_kernels().narrow_forward) return Regime::kSmall;
+    return batch <= (weight.rows * weight.columns >= 1 << 15 ? 128 : 32) ? Regime::kFused : Regime::kDrawn;
   }
 
   Tensor fused_forward(const LinearArguments& a, const Tensor& x, int64_t batch) {
-    if (regime == Regime::kNarrow) return narrow_forward(a, x, batch);
+    if (regime == Regime::kSmall) return narrow_forward(a, x, batch);
     const Posterior& p = a.weight.view;
     OptionalTensor bias;
     if (a.bias) {
@@ -82,7 +77,7 @@ class Cpu {
 
   void fused_backward(const LinearArguments& a, const Tensor& x, const Tensor& grad_y, const KlGradient& grad_kl, bool need_x,
                       int64_t batch, LinearGradients& grads) {
-    if (regime == Regime::kNarrow) return narrow_backward(a, x, grad_y, grad_kl, need_x, batch, grads);
+    if (regime == Regime::kSmall) return narrow_backward(a, x, grad_y, grad_kl, need_x, batch, grads);
     const Posterior& p = a.weight.view;
     ScalarType type = compute_type(x.scalar_type());
     Tensor outputs = dense(grad_y.scalar_type() == type ? grad_y : torch::stable::to(grad_y, type));
@@ -111,7 +106,6 @@ class Cpu {
  private:
   const Tensor& like;
   double sum = 0;
-  Regime regime = Regime::kDrawn;
 
   // x in the layout of the fused forward.
   static Tensor pack(const Tensor& x, const Posterior& p, int64_t rows) {
@@ -181,4 +175,5 @@ class Cpu {
 STABLE_TORCH_LIBRARY_IMPL(bnn_fast, CPU, m) {
   m.impl("_variational_linear", TORCH_BOX(&bnn_fast::variational_linear<bnn_fast::Cpu>));
   m.impl("_variational_linear_backward", TORCH_BOX(&bnn_fast::variational_linear_backward<bnn_fast::Cpu>));
+  m.impl("_linear_regime", TORCH_BOX(&bnn_fast::linear_regime<bnn_fast::Cpu>));
 }

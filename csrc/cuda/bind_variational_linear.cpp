@@ -7,22 +7,10 @@
 namespace bnn_fast {
 namespace {
 
-enum class Regime { kSmall, kFused, kDrawn };
-
-// Small layers are bound by launches: one kernel each way. Fused saves passes over the weights, and one of the three draws that a
-// step in the drawn regime makes; but its products are no match for the GEMM's, and it pays while a batch is small. The bounds
-// are what the kernels hold in registers and shared memory; by count of bytes and instructions (a float32 weight takes 3
-// multiply-adds a batch row, beside some 250 instructions for both draws) fused is ahead up to there. Not yet measured.
-Regime choose(const Posterior& weight, Type x_type, int64_t batch, int64_t samples) {
-  if (weight.rows == 0 || weight.columns == 0 || batch == 0) return Regime::kDrawn;
-  if (weight.rows <= kSmallSide && weight.columns <= kSmallSide) return Regime::kSmall;
-  if (x_type == Type::kFloat64 || samples > kFusedSamples) return Regime::kDrawn;
-  int64_t most = x_type == Type::kFloat32 || samples > 1 ? kFusedBatch : kFusedBatchHalf;
-  return batch <= most ? Regime::kFused : Regime::kDrawn;
-}
-
 class Cuda {
  public:
+  Regime regime = Regime::kDrawn;
+
   explicit Cuda(const LinearArguments& a)
       : device(a.weight.mu), a(a), value(empty_of(a.weight.mu, {}, compute_type(a.weight.mu.scalar_type()))) {}
 
@@ -38,9 +26,16 @@ class Cuda {
 
   Tensor empty(const Tensor& like, const Shape& shape, ScalarType dtype) { return empty_of(like, shape, dtype); }
 
-  bool fused(const LinearArguments& a, const Tensor& x, int64_t batch) {
-    regime = choose(a.weight.view, type_of_tensor(x, "x"), batch, a.samples);
-    return regime != Regime::kDrawn;
+  // Small layers are bound by launches: one kernel each way. Fused saves passes over the weights, and one of the three draws that a
+  // step in the drawn regime makes; but its products are no match for the GEMM's, and it pays while a batch is small. The bounds
+  // are what the kernels hold in registers and shared memory; by count of bytes and instructions (a float32 weight takes 3
+  // multiply-adds a batch row, beside some 250 instructions for both draws) fused is ahead up to there. Not yet measured.
+  static Regime choose(const Posterior& weight, ScalarType x_type, int64_t samples, int64_t batch) {
+    if (weight.rows == 0 || weight.columns == 0 || batch == 0) return Regime::kDrawn;
+    if (weight.rows <= kSmallSide && weight.columns <= kSmallSide) return Regime::kSmall;
+    if (x_type == ScalarType::Double || samples > kFusedSamples) return Regime::kDrawn;
+    int64_t most = x_type == ScalarType::Float || samples > 1 ? kFusedBatch : kFusedBatchHalf;
+    return batch <= most ? Regime::kFused : Regime::kDrawn;
   }
 
   Tensor fused_forward(const LinearArguments& a, const Tensor& x, int64_t batch) {
@@ -123,7 +118,6 @@ class Cuda {
   OnDevice device;
   const LinearArguments& a;
   Tensor value;
-  Regime regime = Regime::kDrawn;
   OptionalTensor parts;
   int64_t used = 0;
 };
@@ -134,4 +128,5 @@ class Cuda {
 BNN_FAST_IMPLEMENT(BNN_FAST_LIBRARY, BNN_FAST_CUDA_KEY, m) {
   m.impl("_variational_linear", TORCH_BOX(&bnn_fast::variational_linear<bnn_fast::Cuda>));
   m.impl("_variational_linear_backward", TORCH_BOX(&bnn_fast::variational_linear_backward<bnn_fast::Cuda>));
+  m.impl("_linear_regime", TORCH_BOX(&bnn_fast::linear_regime<bnn_fast::Cuda>));
 }

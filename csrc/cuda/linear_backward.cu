@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) backward_kernel
             spreads[k] = spread<scale>(rho[k]);
             sigma[k] = spreads[k].sigma;
             d_sigma[k] = spreads[k].d_sigma;
-            if (divergence == kSampled) kl_rho[k] = -(factor * spreads[k].d_log_sigma);
+            if (divergence == kSampled) kl_rho[k] = factor * sampled_kl_by_rho(spreads[k]);
           }
           tile.mu[q] = pack(mu);
           tile.sigma[q] = pack(sigma);
@@ -111,8 +111,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) backward_kernel
             with_prior<float>(p.prior, plan.prior, p.type, quad, [&](auto prior) {
               BNN_UNROLL
               for (int k = 0; k < 4; ++k) {
-                kl_mu[k] = factor * kl_by_location(mu[k], prior(k));
-                kl_rho[k] = factor * kl_by_rho(spreads[k], prior(k));
+                kl_mu[k] = times(factor, kl_by_location(mu[k], prior(k)));
+                kl_rho[k] = times(factor, kl_by_rho(spreads[k], prior(k)));
               }
             });
         });
@@ -137,7 +137,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) backward_kernel
           if (divergence == kSampled)
             with_prior<float>(p.prior, plan.prior, p.type, quad_in(h), [&](auto prior) {
               BNN_UNROLL
-              for (int k = 0; k < 4; ++k) grad_w[h][k] += share * kl_by_location(w[h][k], prior(k));
+              for (int k = 0; k < 4; ++k) grad_w[h][k] += times(share, kl_by_location(w[h][k], prior(k)));
             });
           mine.by_mu[h * 32 + at.lane] = pack(grad_w[h]);
           BNN_UNROLL
@@ -150,7 +150,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) backward_kernel
       for (int h = at.member; h < 2; h += at.members) {
         int q = h * 32 + at.lane;
         TileQuad quad = quad_in(h);
-        float by_mu[4] = {}, by_sigma[4] = {}, d_sigma[4], kl_mu[4], kl_rho[4], rho[4];
+        float by_mu[4] = {}, by_sigma[4] = {}, sigma[4], d_sigma[4], kl_mu[4], kl_rho[4], rho[4];
 #pragma unroll 1
         for (int s = 0; s < problem.samples; ++s) {
           float m[4], r[4];
@@ -160,6 +160,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) backward_kernel
           for (int k = 0; k < 4; ++k) by_mu[k] += m[k], by_sigma[k] += r[k];
         }
         load_quad<float>(p.rho, p.type, quad, -INFINITY, rho);
+        unpack(tile.sigma[q], sigma);
         unpack(tile.d_sigma[q], d_sigma);
         unpack(tile.kl_mu[q], kl_mu);
         unpack(tile.kl_rho[q], kl_rho);
@@ -167,7 +168,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) backward_kernel
         for (int k = 0; k < 4; ++k) {
           bool pruned = is_pruned(rho[k]);
           by_mu[k] = pruned ? 0.0f : by_mu[k] + kl_mu[k];
-          by_sigma[k] = pruned ? 0.0f : fma_lane(by_sigma[k], d_sigma[k], kl_rho[k]);
+          by_sigma[k] = pruned ? 0.0f : in_full(p.scale, sigma[k], fma_lane(by_sigma[k], d_sigma[k], kl_rho[k]));
         }
         store_quad<float>(problem.grad_mu, p.type, quad, by_mu);
         store_quad<float>(problem.grad_rho, p.type, quad, by_sigma);
@@ -214,7 +215,7 @@ __device__ void bias_gradient(const LayerBackward& problem, int64_t counter) {
         BNN_UNROLL
         for (int k = 0; k < 4; ++k) {
           if (divergence == kSampled)
-            grad[k] += share * kl_by_location(fma_lane(spreads[k].sigma, eps[k], mu[k]), prior(k));
+            grad[k] += times(share, kl_by_location(fma_lane(spreads[k].sigma, eps[k], mu[k]), prior(k)));
           by_mu[k] += grad[k];
           by_sigma[k] = fma_lane(grad[k], eps[k], by_sigma[k]);
         }
@@ -223,11 +224,12 @@ __device__ void bias_gradient(const LayerBackward& problem, int64_t counter) {
       for (int k = 0; k < 4; ++k) {
         by_sigma[k] *= spreads[k].d_sigma;
         if (divergence == kAnalytic) {
-          by_mu[k] += factor * kl_by_location(mu[k], prior(k));
-          by_sigma[k] += factor * kl_by_rho(spreads[k], prior(k));
+          by_mu[k] += times(factor, kl_by_location(mu[k], prior(k)));
+          by_sigma[k] += times(factor, kl_by_rho(spreads[k], prior(k)));
         } else if (divergence == kSampled) {
-          by_sigma[k] -= factor * spreads[k].d_log_sigma;
+          by_sigma[k] += factor * sampled_kl_by_rho(spreads[k]);
         }
+        by_sigma[k] = in_full(p.scale, spreads[k].sigma, by_sigma[k]);
         if (is_pruned(rho[k])) by_mu[k] = by_sigma[k] = 0;
       }
     });

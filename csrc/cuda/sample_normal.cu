@@ -152,7 +152,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor<F, AnyQuad>)
   if (divergence == kSampled) number /= static_cast<F>(samples);
   for_quads<AnyQuad>(p, work.walk, [&](AnyQuad q, uint32_t row, uint32_t counter) {
     F mu[4], rho[4], sigma[4], d_sigma[4];
-    F d_mu[4] = {}, d_rho[4] = {};  // the KL's own part at first
+    F d_mu[4] = {}, d_rho[4] = {};  // the KL's own part at first; by rho in units (posterior.h)
     load_quad<F>(p.mu, p.type, q, F(0), mu);
     load_quad<F>(p.rho, p.type, q, F(-INFINITY), rho);
     with_scale(p.scale, [&]<int scale>() {
@@ -167,12 +167,12 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor<F, AnyQuad>)
         if (grad_kl.elementwise) load_quad<F>(grad_kl.data, grad_kl.type, q, F(0), factor);
         with_prior<F>(p.prior, work.prior, p.type, q, [&](auto prior) {
           for (int k = 0; k < 4; ++k) {
-            d_mu[k] = factor[k] * kl_by_location(mu[k], prior(k));
-            d_rho[k] = factor[k] * kl_by_rho(s[k], prior(k));
+            d_mu[k] = times(factor[k], kl_by_location(mu[k], prior(k)));
+            d_rho[k] = times(factor[k], kl_by_rho(s[k], prior(k)));
           }
         });
       } else if (divergence == kSampled) {
-        for (int k = 0; k < 4; ++k) d_rho[k] = -(number * static_cast<F>(samples) * s[k].d_log_sigma);
+        for (int k = 0; k < 4; ++k) d_rho[k] = number * static_cast<F>(samples) * sampled_kl_by_rho(s[k]);
       }
     });
     for (uint32_t s = 0; s < samples; ++s) {
@@ -184,7 +184,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor<F, AnyQuad>)
       if (divergence == kSampled)
         with_prior<F>(p.prior, work.prior, p.type, q, [&](auto prior) {
           for (int k = 0; k < 4; ++k)
-            g[k] = fma_lane(number, kl_by_location(fma_lane(sigma[k], eps[k], mu[k]), prior(k)), g[k]);
+            g[k] += times(number, kl_by_location(fma_lane(sigma[k], eps[k], mu[k]), prior(k)));
         });
       for (int k = 0; k < 4; ++k) {
         d_mu[k] += g[k];
@@ -193,7 +193,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor<F, AnyQuad>)
     }
     for (int k = 0; k < 4; ++k) {
       d_mu[k] = select(is_pruned(rho[k]), F(0), d_mu[k]);
-      d_rho[k] = select(is_pruned(rho[k]), F(0), d_rho[k]);
+      d_rho[k] = select(is_pruned(rho[k]), F(0), in_full(p.scale, sigma[k], d_rho[k]));
     }
     store_quad<F>(problem.grad_mu, p.type, q, d_mu);
     store_quad<F>(problem.grad_rho, p.type, q, d_rho);

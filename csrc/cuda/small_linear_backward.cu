@@ -156,7 +156,7 @@ __global__ void __launch_bounds__(32, 8) small_gradient_kernel(LayerBackward pro
     noise.draw<F>(s, at.row, at.counter, eps);
     for (int n = 0; n < 4; ++n) {
       F weight = fma_lane(spreads[n].sigma, eps[n], mu[n]);
-      F gradient = k / static_cast<F>(problem.samples) * kl_by_location(weight, prior[n]);
+      F gradient = times(k / static_cast<F>(problem.samples), kl_by_location(weight, prior[n]));
       by_mu[n] += gradient;
       by_sigma[n] += gradient * eps[n];
     }
@@ -172,14 +172,14 @@ __global__ void __launch_bounds__(32, 8) small_gradient_kernel(LayerBackward pro
   for (int n = 0; n < 4; ++n) {
     F kl_mu = 0, kl_rho = 0;
     if (divergence == kAnalytic) {
-      kl_mu = k * kl_by_location(mu[n], prior[n]);
-      kl_rho = k * kl_by_rho(spreads[n], prior[n]);
+      kl_mu = times(k, kl_by_location(mu[n], prior[n]));
+      kl_rho = times(k, kl_by_rho(spreads[n], prior[n]));
     } else if (divergence == kSampled) {
-      kl_rho = -(k * spreads[n].d_log_sigma);
+      kl_rho = k * sampled_kl_by_rho(spreads[n]);
     }
     bool pruned = is_pruned(rho[n]);
     grad_mu[n] = select(pruned, F(0), by_mu[n] + kl_mu);
-    grad_rho[n] = select(pruned, F(0), by_sigma[n] * spreads[n].d_sigma + kl_rho);
+    grad_rho[n] = select(pruned, F(0), in_full(p.scale, spreads[n].sigma, by_sigma[n] * spreads[n].d_sigma + kl_rho));
   }
   store_quad<F>(at.of_bias ? problem.grad_bias_mu : problem.grad_mu, p.type, quad, grad_mu);
   store_quad<F>(at.of_bias ? problem.grad_bias_rho : problem.grad_rho, p.type, quad, grad_rho);

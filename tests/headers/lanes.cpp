@@ -101,7 +101,7 @@ Spread<F> spread_of(int scale, F rho) {
 void spread_all(int scale, const void* rho, void* four, size_t n) {
   for (size_t i = 0; i < n; i += width) {
     Spread<F> s = spread_of(scale, take<F>(static_cast<const Scalar*>(rho), i, n));
-    F values[] = {s.sigma, s.log_sigma, s.d_sigma, s.d_log_sigma};
+    F values[] = {s.sigma, s.log_sigma, in_full(scale, s.sigma, s.d_sigma), s.d_log_sigma};
     for (size_t k = 0; k < 4; ++k) put(static_cast<Scalar*>(four) + k * n, values[k], i, n);
   }
 }
@@ -114,7 +114,7 @@ void divergence(int scale, const void* mu, const void* rho, const void* eps, dou
     F m = take<F>(static_cast<const Scalar*>(mu), i, n), e = take<F>(static_cast<const Scalar*>(eps), i, n);
     Spread<F> s = spread_of(scale, take<F>(static_cast<const Scalar*>(rho), i, n));
     F values[] = {kl_analytic(m, s, prior), kl_sampled(fma_lane(s.sigma, e, m), e, s.log_sigma, prior),
-                  kl_by_location(m, prior), kl_by_rho(s, prior)};
+                  kl_by_location(m, prior), in_full(scale, s.sigma, kl_by_rho(s, prior))};
     for (size_t k = 0; k < 4; ++k) put(static_cast<Scalar*>(four) + k * n, values[k], i, n);
   }
 }

@@ -13,7 +13,9 @@ class Device:
 
         def call(*arguments):
             results = operator(*(_there(a) for a in arguments))
-            return tuple(r.cpu() for r in results) if isinstance(results, tuple) else results.cpu()
+            if isinstance(results, tuple):
+                return tuple(r.cpu() for r in results)
+            return results.cpu() if isinstance(results, torch.Tensor) else results
 
         return call
 

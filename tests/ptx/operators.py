@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 
 from . import build
-from .interpreter import GlobalMemory, launch, parse
+from .interpreter import GlobalMemory, Missed, launch, missed, parse
 
 LAUNCH_FAILURE = 719  # cudaErrorLaunchFailure
 MULTIPROCESSORS = 4  # enough that a launcher's splitting of work is exercised
@@ -84,7 +84,14 @@ class Operators:
                     raise
         if self._fault is not None:
             raise self._fault
-        return tuple(r.clone() for r in results) if isinstance(results, tuple) else results.clone()
+        if isinstance(results, tuple):
+            return tuple(r.clone() for r in results)
+        return results.clone() if isinstance(results, torch.Tensor) else results
+
+    def missed(self) -> list[Missed]:
+        """What of the kernels has not been executed in this process."""
+        files = {path.name for path in build.CSRC.rglob("*")}
+        return [one for path in set(self._files.values()) for one in missed(_parsed(path), files)]
 
     @contextlib.contextmanager
     def _tracked(self):

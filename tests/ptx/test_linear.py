@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from judging import check_linear
 from kernels import (
     DTYPES,
     HALVES,
@@ -13,11 +14,11 @@ from kernels import (
     KLS,
     OPS,
     SCALES,
-    check_linear,
     make_prior,
     posterior,
     random,
     raw_linear,
+    regime_of,
 )
 
 from bnn_fast import Normal
@@ -34,6 +35,12 @@ OPTIONS = [
     for a in range(3)
     for b in range(3)
 ]
+
+
+def expected(sizes: tuple[int, int, int], dtype: torch.dtype, n_samples: int) -> str:
+    """The regime of these sizes; the fused kernels take no float64 and at most eight samples."""
+    (name,) = (name for name, of_name in REGIMES.items() if of_name == sizes)
+    return "drawn" if name == "fused" and (dtype == torch.float64 or n_samples > 8) else name
 
 
 @pytest.fixture(params=list(REGIMES))
@@ -57,6 +64,7 @@ def test_linear_options(dtype, regime, cuda_ops):
             n_samples=n_samples,
             row_offset=row_offset,
             column_offset=column_offset,
+            regime=expected(regime, dtype, n_samples),
             ops=cuda_ops,
         )
 
@@ -72,6 +80,7 @@ def test_linear_with_half_inputs_and_float_parameters(dtype, regime, cuda_ops):
             kl=kl,
             n_samples=n_samples,
             column_offset=3,
+            regime=expected(regime, dtype, n_samples),
             ops=cuda_ops,
         )
 
@@ -184,7 +193,7 @@ def test_linear_pruned_weights(scale, kl, regime, cuda_ops):
     pruned, bias_pruned = random(outputs, inputs, seed=8) > 0, random(outputs, seed=9) > 0
     rho[pruned], bias_rho[bias_pruned] = -math.inf, -math.inf
     x = random(2 * batch, inputs, seed=2)
-    check_linear(x, mu, rho, bias_mu, bias_rho, scale=scale, kl=kl, n_samples=2, ops=cuda_ops)
+    check_linear(x, mu, rho, bias_mu, bias_rho, scale=scale, kl=kl, n_samples=2, ops=cuda_ops, regime=expected(regime, x.dtype, 2))
     gradients = raw_linear(
         x,
         mu,
@@ -211,13 +220,15 @@ def test_linear_multiplies_by_the_cpus_weights_bit_for_bit(dtype, regime, cuda_o
         rows = torch.eye(inputs, dtype=dtype)[first : first + batch]
         options = PLAIN | dict(row_offset=2, column_offset=6)
         y, _, _ = raw_linear(rows, mu, rho, None, None, KEY, **options, kl=None, ops=cuda_ops)
+        assert regime_of(rows, mu, 1, cuda_ops) == expected(regime, dtype, 1)
         assert torch.equal(y, drawn[:, first : first + batch].T)
 
 
 def test_each_regime_has_its_own_kernels_and_the_same_bits_twice(interpreted):
     launched = []
-    for outputs, inputs, batch in REGIMES.values():
+    for name, (outputs, inputs, batch) in REGIMES.items():
         x, parameters = random(batch, inputs), (*posterior(outputs, inputs), *posterior(outputs, seed=1))
+        assert regime_of(x, parameters[0], 1, interpreted) == name
         interpreted.launches.clear()
         results = []
         for _ in range(2):

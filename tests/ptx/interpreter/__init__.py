@@ -16,10 +16,11 @@ order between blocks by fences and atomics (it is reported as a race), and threa
 them go.
 """
 
+from .coverage import Missed, missed
 from .faults import PtxFault
 from .machine import launch
 from .memory import GlobalMemory
 from .module import Module, Param
 from .parser import parse
 
-__all__ = ["GlobalMemory", "Module", "Param", "PtxFault", "launch", "parse"]
+__all__ = ["GlobalMemory", "Missed", "Module", "Param", "PtxFault", "launch", "missed", "parse"]

@@ -23,11 +23,13 @@ def _branch(program, instruction):
     def step(state):
         taken = chosen(state)
         count = np.count_nonzero(taken)
-        if count == 0:
-            return False
-        state.enqueue(target, taken)
         if count < state.count:
+            program.outcomes.add((state.pc, False))
+            if count == 0:
+                return False
             state.enqueue(state.pc + 1, state.mask & ~taken)
+        program.outcomes.add((state.pc, True))
+        state.enqueue(target, taken)
         return True
 
     return step
@@ -59,6 +61,7 @@ def _exit(program, instruction):
         leaving = chosen(state)
         if not leaving.any():
             return False
+        program.outcomes.add((state.pc, True))
         state.exit(leaving)
         if (rest := state.mask & ~leaving).any():
             state.enqueue(state.pc + 1, rest)
@@ -108,6 +111,7 @@ def _warp_barrier(program, instruction):
         with state.narrowed(chosen(state)) as any_left:
             if not any_left:
                 return
+            program.outcomes.add((state.pc, True))
             named = members(state, state.exact)
             warp.check_members(state, named, "bar.warp.sync")
             named = np.broadcast_to(named, state.active.shape)

@@ -37,6 +37,7 @@ def _guarded(program, guard, step):
         chosen = state.mask & read(state, None)
         with state.narrowed(chosen) as any_left:
             if any_left:
+                program.outcomes.add((state.pc, True))
                 step(state)
 
     return guarded

@@ -64,6 +64,8 @@ def _program(module, name):
 def _undecoded(program, pc):
     def step(state):
         decoded = program.steps[pc] = decode(program, program.instructions[pc])
+        if not program.instructions[pc].guard:
+            program.outcomes.add((pc, True))
         return decoded(state)
 
     return step

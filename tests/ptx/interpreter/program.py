@@ -30,6 +30,7 @@ class Program:
         self.types.append("pred")
         self.shift = self._cell_shift()
         self.steps = []  # the machine's
+        self.outcomes = set()  # (place, went ahead) of what has been executed, for coverage.py
 
     def _inline(self, module, function, prefix, params, stack, end):
         """Appends the instructions of a function, its names prefixed; `params` renames its parameters to the

@@ -1,0 +1,168 @@
+"""Shapes that lead the CUDA kernels of variational_linear where those of test_linear.py do not: whole vectors and
+cp.async, second tiles and rounds, several blocks of rows, more than one part of every sum.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from judging import check_linear, check_overflow
+from kernels import (
+    DTYPES,
+    HALVES,
+    KEY,
+    KLS,
+    OPS,
+    SCALES,
+    make_prior,
+    posterior,
+    random,
+    raw_linear,
+    regime_of,
+)
+
+from bnn_fast import Normal
+
+# outputs, inputs: rows of x, or of grad_y, and of the weights are whole vectors of 16 bytes; more than one tile
+ALIGNED = [(72, 200), (200, 72)]
+
+
+ALL_OPTIONS = [(scale, kl) for scale in SCALES for kl in KLS]
+PRIORS = (True, False, "loc", "scale")
+
+
+def check_fused(outputs, inputs, batch, x_dtype, dtype, n_samples, i, ops, **options):
+    """One of ALL_OPTIONS, with and without a bias, priors of numbers and of tensors."""
+    scale, kl = ALL_OPTIONS[i]
+    check_linear(
+        random(n_samples * batch, inputs, dtype=x_dtype, seed=2),
+        *posterior(outputs, inputs, dtype=dtype),
+        *(posterior(outputs, dtype=dtype, seed=1) if i % 3 else (None, None)),
+        prior=make_prior(PRIORS[i % 4], outputs, inputs, dtype=dtype),
+        bias_prior=make_prior(PRIORS[(i + 1) % 4], outputs, dtype=dtype, seed=1),
+        scale=scale,
+        kl=kl,
+        n_samples=n_samples,
+        regime="fused",
+        ops=ops,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("dtype, parameters", [
+    (torch.float32, torch.float32),
+    *((half, kind) for half in HALVES for kind in (half, torch.float32)),
+], ids=str)
+def test_fused_aligned_shapes(dtype, parameters, cuda_ops):
+    """For few and for many rows, and one to eight samples: three keep one of four warps idle."""
+    for i in range(9):
+        check_fused(*ALIGNED[i % 2], (16, 3)[i % 2], dtype, parameters, 1, i, cuda_ops, column_offset=4 * (i % 2))
+    for n_samples, batch, i in ((3, 4, 7), (3, 16, 8), (8, 4, 4), (8, 16, 2)):
+        check_fused(*ALIGNED[i % 2], batch, dtype, parameters, n_samples, i, cuda_ops)
+
+
+@pytest.mark.parametrize("shape", [(200, 72), (71, 201)], ids=str)
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("parameters", [torch.float32, None], ids=["float parameters", "its own"])
+def test_fused_kernels_for_many_rows_of_16_bits(parameters, dtype, shape, cuda_ops):
+    first = 0 if shape[0] == 200 else 1
+    for i in range(9):
+        if shape[0] == 200 or i % 2 == first:
+            check_fused(*shape, 17 + 5 * i, dtype, parameters or dtype, 1, i, cuda_ops)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("outputs, inputs, batch", [(19, 37, 5), (200, 72, 4), (200, 72, 16), (200, 72, 64)])
+def test_without_the_gradient_of_x(outputs, inputs, batch, dtype, cuda_ops):
+    arguments = (random(batch, inputs, dtype=dtype), *posterior(outputs, inputs, dtype=dtype), None, None, KEY)
+    options = dict(prior=Normal(), bias_prior=Normal(), scale="softplus", kl=None, n_samples=1, row_offset=0,
+                   column_offset=0, grad_y=random(batch, outputs, dtype=dtype, seed=4), ops=cuda_ops)
+    whole = raw_linear(*arguments, **options)[2]
+    without = raw_linear(*arguments, **options, need_grad_x=False)[2]
+    assert without[0].shape == (0,) and whole[0].shape == (batch, inputs)
+    assert torch.equal(whole[1], without[1]) and torch.equal(whole[2], without[2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_that_are_whole_vectors_but_begin_amid_one(dtype, cuda_ops):
+    """x, grad_y and the weights as views into larger memory: cp.async and vectors may not be used."""
+    outputs, inputs, batch = 72, 200, 4
+
+    def shifted(t):
+        return torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape)
+
+    check_linear(
+        shifted(random(batch, inputs, dtype=dtype, seed=2)),
+        *(shifted(t) for t in posterior(outputs, inputs, dtype=dtype)),
+        grad_y=shifted(random(batch, outputs, dtype=dtype, seed=7)),
+        regime="fused",
+        ops=cuda_ops,
+    )
+
+
+@pytest.mark.parametrize("dtype, kl", [(torch.float32, "sampled"), (torch.float64, None), (torch.bfloat16, "analytic")])
+def test_a_block_of_a_small_layer_walks_several_tiles(dtype, kl, cuda_ops):
+    check_linear(
+        random(265 * 70, 3, dtype=dtype, seed=2),
+        *posterior(5, 3, dtype=dtype),
+        *posterior(5, dtype=dtype, seed=1),
+        kl=kl,
+        n_samples=265,
+        regime="small",
+        ops=cuda_ops,
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_small_layers_of_whole_quads(dtype, cuda_ops):
+    """In one tile, in several, and with every thread at work."""
+    for (outputs, inputs), batch, n_samples, kl in (
+        ((64, 64), 300, 1, "analytic"),
+        ((8, 12), 9, 40, "sampled"),
+        ((12, 8), 700, 1, "sampled"),
+        ((20, 52), 33, 2, None),
+    ):
+        check_linear(
+            random(n_samples * batch, inputs, dtype=dtype, seed=2),
+            *posterior(outputs, inputs, dtype=dtype),
+            *posterior(outputs, dtype=dtype, seed=1),
+            prior=make_prior(batch == 9, outputs, inputs, dtype=dtype),
+            kl=kl,
+            n_samples=n_samples,
+            regime="small",
+            ops=cuda_ops,
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("outputs, inputs, batch, n_samples", [(300, 400, 18, 3), (100, 100, 3, 30)])
+def test_drawn_in_several_blocks_of_rows(outputs, inputs, batch, n_samples, dtype, cuda_ops):
+    for kl, tensors in (("analytic", True), ("sampled", False)):
+        check_linear(
+            random(n_samples * batch, inputs, dtype=dtype, seed=2),
+            *posterior(outputs, inputs, dtype=dtype),
+            *posterior(outputs, dtype=dtype, seed=1),
+            prior=make_prior(tensors, outputs, inputs, dtype=dtype),
+            kl=kl,
+            n_samples=n_samples,
+            row_offset=3,
+            regime="drawn",
+            ops=cuda_ops,
+        )
+
+
+def test_more_parts_of_the_kl_than_threads(cuda_ops):
+    mu, rho = posterior(4112, 4)
+    tail = (mu, rho, None, None, KEY, None, None, None, None, 0.0, 1.0, 0.0, 1.0, 0, 1, 5, 0, 0)
+    x = random(5, 4)
+    assert regime_of(x, mu, 5, cuda_ops) == "fused"
+    for got, expected in zip(cuda_ops._variational_linear(x, *tail), OPS._variational_linear(x, *tail)):
+        torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("n_samples", [1, 2])
+@pytest.mark.parametrize("kl", ["analytic", "sampled"])
+@pytest.mark.parametrize("outputs, inputs, batch", [(20, 8, 5), (68, 8, 4), (68, 8, 40)])
+@pytest.mark.parametrize("scale", ["exp", "sqrt_exp"])
+def test_an_overflowing_sigma_has_an_infinite_gradient(scale, outputs, inputs, batch, kl, n_samples, cuda_ops):
+    check_overflow(scale, outputs, inputs, batch, kl, n_samples, ops=cuda_ops)

@@ -1,0 +1,161 @@
+"""What the raw operators refuse, argument by argument: they are open to everyone, and a wrong shape must not be read."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kernels import KEY, OPS
+
+F, D, H = torch.float32, torch.float64, torch.float16
+LINEAR = dict(
+    x=(4, 3),
+    weight_mu=(5, 3),
+    weight_rho=(5, 3),
+    bias_mu=(5,),
+    bias_rho=(5,),
+    key=KEY,
+    weight_loc=None,
+    weight_sd=None,
+    bias_loc=None,
+    bias_sd=None,
+    loc=0.0,
+    sd=1.0,
+    bias_loc_number=0.0,
+    bias_sd_number=1.0,
+    scale=0,
+    kl=1,
+    n_samples=1,
+    row_offset=0,
+    column_offset=0,
+)
+LINEAR_BACKWARD = dict(grad_y=(4, 5), grad_kl=()) | LINEAR | dict(need_grad_x=True)
+KL = dict(mu=(5, 3), rho=(5, 3), prior_loc=None, prior_scale=None, loc=0.0, prior_sd=1.0, scale=0, reduce=True)
+SAMPLE = dict(
+    mu=(5, 3),
+    rho=(5, 3),
+    key=KEY,
+    prior_loc=None,
+    prior_scale=None,
+    loc=0.0,
+    prior_sd=1.0,
+    scale=0,
+    kl=1,
+    n_samples=2,
+    stream=0,
+    row_offset=0,
+    column_offset=0,
+)
+OPERATORS = {
+    "_variational_linear": LINEAR,
+    "_variational_linear_backward": LINEAR_BACKWARD,
+    "_sample_normal": SAMPLE,
+    "_sample_normal_backward": dict(grad_weight=(2, 5, 3), grad_kl=()) | SAMPLE,
+    "_kl_normal": KL,
+    "_kl_normal_backward": dict(grad=()) | KL,
+}
+
+
+def tensor(value):
+    """A tensor of a shape, or of (shape, dtype); anything else as it is."""
+    if isinstance(value, tuple):
+        shape, dtype = value if len(value) == 2 and isinstance(value[1], torch.dtype) else (value, F)
+        return torch.ones(shape, dtype=dtype)
+    return value
+
+
+def call(operator, **changes):
+    return getattr(OPS, operator)(*map(tensor, (OPERATORS[operator] | changes).values()))
+
+
+NOISE = [
+    (dict(row_offset=-1), "row_offset and column_offset are -1 and 0, expected no negative number"),
+    (dict(column_offset=-1), "row_offset and column_offset are 0 and -1, expected no negative number"),
+    (dict(row_offset=2**32 - 4), "more rows or columns than the noise counter"),
+    (dict(column_offset=2**34 - 2), "more rows or columns than the noise counter"),
+    (dict(key=((2,), F)), "expected an int64 tensor of shape"),
+    (dict(key=((3,), torch.int64)), r"key has shape \[3\], expected an int64 tensor of shape \[2\]"),
+    (dict(key=((1, 2), torch.int64)), r"key has shape \[1, 2\], expected an int64 tensor of shape \[2\]"),
+    (dict(n_samples=0), "n_samples is 0, expected at least 1"),
+    (dict(kl=3), "kl is 3, expected 0"),
+    (dict(kl=-1), "kl is -1, expected 0"),
+]
+SCALE = [(dict(scale=3), "scale is 3, expected 0"), (dict(scale=-1), "scale is -1, expected 0")]
+POSTERIOR = [
+    (dict(rho=(3, 5)), r"rho has shape \[3, 5\], expected that of mu: \[5, 3\]"),
+    (dict(rho=((5, 3), D)), "rho and mu have different dtypes"),
+    (dict(prior_loc=(5, 1)), r"the prior's loc has shape \[5, 1\], expected that of mu: \[5, 3\]"),
+    (dict(prior_loc=((5, 3), H)), "the prior's loc and mu have different dtypes"),
+    (dict(prior_scale=(3,)), r"the prior's scale has shape \[3\], expected that of mu: \[5, 3\]"),
+    (dict(prior_scale=((5, 3), D)), "the prior's scale and mu have different dtypes"),
+    (dict(mu=((5, 3), torch.int64), rho=((5, 3), torch.int64)), "mu has dtype number"),
+    *SCALE,
+]
+LAYER = [
+    (dict(x=(4, 5)), r"x has shape \[4, 5\], expected \[..., 3\]"),
+    (dict(x=()), r"x has shape \[\], expected \[..., 3\]"),
+    (dict(x=((4, 3), D)), "x and weight_mu have different dtypes"),
+    (dict(x=((4, 3), torch.int64)), "x and weight_mu have different dtypes"),
+    (dict(n_samples=3), r"x has shape \[4, 3\], expected its first dimension to be a multiple of n_samples = 3"),
+    (dict(x=(3,), n_samples=2), "expected its first dimension to be a multiple of n_samples = 2"),
+    (dict(weight_mu=(15,), weight_rho=(15,)), r"weight_mu has shape \[15\], expected \[out, in\]"),
+    (dict(weight_rho=(5, 4)), r"rho has shape \[5, 4\], expected that of mu"),
+    (dict(weight_loc=(5, 4)), r"the prior's loc has shape \[5, 4\]"),
+    (dict(weight_sd=(5, 4)), r"the prior's scale has shape \[5, 4\]"),
+    (dict(bias_rho=None), "bias_mu and bias_rho are to be given together"),
+    (dict(bias_mu=None), "bias_mu and bias_rho are to be given together"),
+    (dict(bias_mu=(4,), bias_rho=(4,)), r"bias_mu has shape \[4\], expected \[5\] and weight_mu's dtype"),
+    (dict(bias_mu=(5, 1), bias_rho=(5, 1)), r"bias_mu has shape \[5, 1\], expected \[5\]"),
+    (dict(bias_mu=((5,), D), bias_rho=((5,), D)), "expected .* and weight_mu's dtype"),
+    (dict(bias_rho=(4,)), r"rho has shape \[4\], expected that of mu: \[5\]"),
+    (dict(bias_loc=(4,)), r"the prior's loc has shape \[4\]"),
+    (dict(bias_sd=((5,), D)), "the prior's scale and mu have different dtypes"),
+    *SCALE,
+]
+CASES = {
+    "_variational_linear": LAYER + NOISE,
+    "_variational_linear_backward": [
+        *LAYER,
+        *NOISE,
+        (dict(x=None), "x is absent, expected it with grad_y"),
+        (dict(grad_y=(4, 3)), r"grad_y has shape \[4, 3\], expected \[4, 5\]"),
+        (dict(grad_y=(20,)), r"grad_y has shape \[20\], expected \[4, 5\]"),
+        (dict(grad_y=((4, 5), H)), "expected .* and x's dtype"),
+        (dict(grad_kl=((), torch.int64)), "grad_kl has dtype number"),
+    ],
+    "_sample_normal": POSTERIOR + NOISE,
+    "_sample_normal_backward": [
+        *POSTERIOR,
+        *NOISE,
+        (dict(grad_weight=(5, 3)), r"grad_weight has shape \[5, 3\], expected \[2, 5, 3\]"),
+        (dict(grad_weight=((2, 5, 3), D)), "grad_weight has dtype number"),
+        (dict(grad_kl=(1,)), r"grad_kl has shape \[1\], expected \[\]"),
+        (dict(grad_kl=((), D)), "grad_kl has dtype number"),
+    ],
+    "_kl_normal": POSTERIOR,
+    "_kl_normal_backward": [
+        *POSTERIOR,
+        (dict(grad=(5, 3)), r"grad has shape \[5, 3\], expected \[\]"),
+        (dict(grad=((), D)), "grad has dtype number"),
+        (dict(reduce=False), r"grad has shape \[\], expected \[5, 3\]"),
+        (dict(reduce=False, grad=(3, 5)), r"grad has shape \[3, 5\], expected \[5, 3\]"),
+        (dict(reduce=False, grad=((5, 3), H)), "grad has dtype number"),
+    ],
+}
+ALL = [(operator, changes, message) for operator, cases in CASES.items() for changes, message in cases]
+
+
+@pytest.mark.parametrize("operator, changes, message", ALL, ids=lambda value: str(value)[:60])
+def test_is_refused(operator, changes, message):
+    with pytest.raises(RuntimeError, match=message):
+        call(operator, **changes)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_what_the_cases_change_is_accepted(operator):
+    call(operator)
+
+
+@pytest.mark.parametrize("n_samples, x, message", [(0, (4, 3), "n_samples"), (1, (4, 2), "x has shape"), (3, (4, 3), "multiple")])
+def test_the_regime_of_what_is_refused_is_not_told(n_samples, x, message):
+    with pytest.raises(RuntimeError, match=message):
+        OPS._linear_regime(torch.ones(x), torch.ones(5, 3), n_samples)

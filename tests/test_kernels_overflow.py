@@ -1,0 +1,88 @@
+"""Where sigma overflows, results are infinite or 0 as the true values have it, never NaN."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from judging import check_overflow, overflowing
+from kernels import (
+    DTYPES,
+    OPS,
+    SCALES,
+    code,
+    in_every_regime,
+    one_thread,  # noqa: F401
+    random,
+    raw_sample,
+)
+
+from bnn_fast import Normal
+
+
+@in_every_regime
+@pytest.mark.parametrize("n_samples", [1, 2])
+@pytest.mark.parametrize("kl", ["analytic", "sampled"])
+@pytest.mark.parametrize("scale", ["exp", "sqrt_exp"])
+def test_an_overflowing_sigma_has_an_infinite_gradient(scale, kl, n_samples, regime, inputs, batch):
+    check_overflow(scale, 20, inputs, batch, kl, n_samples)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kl", ["analytic", "sampled"])
+@pytest.mark.parametrize("scale", ["exp", "sqrt_exp"])
+def test_in_every_type(scale, kl, dtype):
+    rho, large = overflowing(9, 40, dtype)
+    mu = torch.zeros_like(rho)
+    wide = torch.promote_types(dtype, torch.float32)
+    for weight, sign in ((0.3, 1), (-0.3, -1)):
+        _, (d_mu, d_rho) = raw_sample(
+            mu,
+            rho,
+            prior=Normal(),
+            scale=scale,
+            kl=kl,
+            n_samples=1,
+            grad_w=random(1, 9, 40, dtype=dtype, seed=5),
+            grad_kl=torch.tensor(weight, dtype=wide),
+        )
+        assert (d_rho[large] == sign * math.inf).all() and not d_rho.isnan().any() and not d_mu.isnan().any()
+
+
+@pytest.mark.parametrize("kl", ["analytic", "sampled"])
+@pytest.mark.parametrize("scale", SCALES)
+def test_sigmas_near_both_ends(scale, kl):
+    """Of finite sigmas beyond 1e19 the KL overflows; of vanishing ones only (log sigma)' is left of its gradient."""
+    low, high = (-85.0, 1e30) if scale == "softplus" else (-85.0, 80.0) if scale == "exp" else (-170.0, 160.0)
+    for value in (low, high):
+        rho = torch.full((5, 40), value)
+        _, (d_mu, d_rho) = raw_sample(
+            torch.zeros(5, 40),
+            rho,
+            prior=Normal(),
+            scale=scale,
+            kl=kl,
+            n_samples=1,
+            grad_w=random(1, 5, 40, seed=5),
+            grad_kl=torch.tensor(1.0),
+        )
+        if value == low:
+            expected = -0.5 if scale == "sqrt_exp" else -1.0
+            torch.testing.assert_close(d_rho, torch.full_like(d_rho, expected))
+        elif scale == "softplus":  # sigma' = 1, so that it is about sigma / t^2, and eps^2 of it
+            assert (d_rho > 1e20).all() and d_rho.isfinite().all()
+        else:
+            assert (d_rho == math.inf).all() and not d_mu.isnan().any()
+
+
+@pytest.mark.parametrize("scale", ["exp", "sqrt_exp"])
+def test_elementwise_divergence(scale):
+    rho, large = overflowing(5, 40)
+    mu = random(5, 40, seed=1)
+    tail = (mu, rho, None, None, 0.0, 1.0, code(SCALES, scale), False)
+    assert (OPS._kl_normal(*tail)[large] == math.inf).all()
+    grad = torch.ones(5, 40)
+    grad[0] = 0.0
+    d_mu, d_rho = OPS._kl_normal_backward(grad, *tail)
+    assert (d_rho[1:][large[1:]] == math.inf).all() and (d_rho[0] == 0).all() and d_mu.isfinite().all()
