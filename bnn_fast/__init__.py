@@ -10,6 +10,7 @@ from .inference.elbo import ELBO
 from .inference.likelihoods import Bernoulli, Categorical, Gaussian, HeteroscedasticGaussian
 from .inference.predict import predict
 from .inference.prediction import ClassPrediction, GaussianPrediction, Prediction
+from .inference.pruning import prune, signal_to_noise
 from .inference.sampling import draw, freeze, mc_forward, sampling, unfreeze
 from .inference.schedules import blundell_weights, linear_warmup
 from .layers import VariationalLinear
@@ -24,5 +25,6 @@ __all__ = [
     "Bernoulli", "Categorical", "ClassPrediction", "ELBO", "Gaussian", "GaussianPrediction",
     "HeteroscedasticGaussian", "Normal", "Prediction", "VariationalLinear", "__version__", "blundell_weights",
     "build_info", "check_parameters", "draw", "freeze", "functional", "kl_divergence", "linear_warmup",
-    "mc_forward", "metrics", "plotting", "predict", "reference", "sampling", "unfreeze",
+    "mc_forward", "metrics", "plotting", "predict", "prune", "reference", "sampling",
+    "signal_to_noise", "unfreeze",
 ]

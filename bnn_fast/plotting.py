@@ -16,9 +16,8 @@ from torch import Tensor, nn
 
 from . import checks
 from .inference.prediction import Prediction
-from .layers.base import named_layers
+from .inference.pruning import signal_to_noise
 from .metrics import reliability_bins
-from .priors.scales import sigma_of
 
 __all__ = ["regression_band", "sample_lines", "reliability_diagram", "coverage_curve", "entropy_histograms",
            "signal_to_noise_histogram", "training_curves", "image_grid"]
@@ -147,10 +146,7 @@ def signal_to_noise_histogram(model: nn.Module, *, bins: int = 60, label=None, c
     ValueError if there are no others.
     """
     ax = _axes(ax, (6.4, 4.2))
-    pairs = [(pair, layer.scale) for _, layer in named_layers(model) for pair in layer.pairs()]
-    with torch.no_grad():
-        ratios = [(pair.mu.abs() / sigma_of(pair.rho, scale)).double().flatten().cpu()
-                  for pair, scale in pairs]
+    ratios = [ratio.double().flatten().cpu() for ratio in signal_to_noise(model).values()]
     ratios = torch.cat([torch.zeros(0, dtype=torch.float64), *ratios])
     ratios = _numpy(ratios[(ratios > 0.0) & ratios.isfinite()])
     if not len(ratios):

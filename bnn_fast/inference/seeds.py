@@ -3,14 +3,11 @@ from __future__ import annotations
 
 import hashlib
 
-import torch
-
 # What torch's wrappers call the module in them: DataParallel, DistributedDataParallel and AveragedModel; torch.compile;
 # activation checkpointing and offloading; FullyShardedDataParallel.
 WRAPPERS = ("module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
 
-@torch.compiler.assume_constant_result  # hashlib is not traced
 def layer_seeds(names: list[str], seed: int) -> list[int]:
     """The layers' 64-bit seeds: the first eight bytes of sha256("seed:name"), little endian."""
     seeds, taken = [], set()
@@ -22,6 +19,10 @@ def layer_seeds(names: list[str], seed: int) -> list[int]:
         digest = hashlib.sha256(f"{seed}:{plain}".encode()).digest()
         seeds.append(int.from_bytes(digest[:8], "little", signed=True))
     return seeds
+
+
+# hashlib is not traced. What torch.compiler.assume_constant_result does, which takes a second to import torch._dynamo.
+layer_seeds._dynamo_marked_constant = True
 
 
 def first_with_parameters(layers: list) -> list[int]:

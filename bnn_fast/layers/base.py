@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from ..priors import Normal
 from .modes import ORDINARY, Mode, checkpoint, entered, stack, top_hooks
+from . import checkpoint as checkpoint_of_layer
+from . import steps
 from .state import Local, Record, Shared, State, fresh_key
 
 
@@ -38,7 +40,12 @@ class VariationalLayer(nn.Module):
         super().__init__()
         self._local = Local()
         self._shared = Shared()
+        self._pruned: dict[str, tuple[Tensor, Tensor]] = {}  # of each pair that has any: which weights, and their mu
         self.register_buffer("frozen_key", None, persistent=False)
+        self.register_state_dict_pre_hook(_before_saving)
+        self.register_state_dict_post_hook(checkpoint_of_layer.save)
+        self.register_load_state_dict_pre_hook(checkpoint_of_layer.load)
+        self.register_load_state_dict_post_hook(_after_loading)
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         """mu and rho of the weight, then of the bias or None."""
@@ -69,6 +76,29 @@ class VariationalLayer(nn.Module):
             made = self.parametrizations[name]
             return (*made.parameters(), *made)
         return (getattr(self, name),)
+
+    @torch.no_grad()
+    def find_pruned(self) -> None:
+        """Look which weights have rho = -inf; they stay pruned from now on."""
+        self._pruned = {}
+        for pair in self.pairs():
+            if not pair.rho.is_meta and (mask := pair.rho == -torch.inf).any():
+                self._pruned[pair.name] = mask, pair.mu.detach().clone()
+        if self._pruned:
+            steps.pruned.add(self)
+
+    @torch.no_grad()
+    def keep_pruned(self) -> None:
+        """Set pruned weights to what they are: weight decay and averages make NaN of -inf, momentum moves mu."""
+        for name, (mask, kept) in self._pruned.items():
+            mu, rho = getattr(self, f"{name}_mu"), getattr(self, f"{name}_rho")
+            if mask.device != mu.device:
+                mask, kept = self._pruned[name] = mask.to(mu.device), kept.to(mu.device)
+            # through .data: these very values are what every graph has seen, so no version is raised
+            mu.data.copy_(torch.where(mask, kept.to(mu.dtype), mu.data))
+            rho.data.masked_fill_(mask, -torch.inf)
+        if self._pruned:
+            steps.pruned.add(self)  # a copy is not there yet
 
     @property
     def _state(self) -> State:
@@ -142,6 +172,14 @@ class VariationalLayer(nn.Module):
         elif parameters is None:
             parameters = self.tensors()
         return parameters + self.priors() if self.prior_tensors else parameters
+
+
+def _before_saving(layer: VariationalLayer, prefix: str, keep_vars: bool) -> None:
+    layer.keep_pruned()
+
+
+def _after_loading(layer: VariationalLayer, incompatible_keys) -> None:
+    layer.find_pruned()
 
 
 def named_layers(model: nn.Module) -> list[tuple[str, VariationalLayer]]:

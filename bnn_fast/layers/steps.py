@@ -1,6 +1,8 @@
 """Optimizer steps: what a version counter does not tell of parameters."""
 from __future__ import annotations
 
+import weakref
+
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -13,6 +15,7 @@ class Generation:
 
 
 current = Generation()
+pruned: weakref.WeakSet = weakref.WeakSet()  # layers with pruned weights, which no step may bring back
 
 
 def _stepped(optimizer, *_) -> None:
@@ -25,6 +28,8 @@ def _stepped(optimizer, *_) -> None:
                for p in group["params"] if p.grad is not None and not p.is_inference()]
     if written:
         torch.autograd.graph.increment_version(written)
+    for layer in list(pruned):
+        layer.keep_pruned()
 
 
 register_optimizer_step_post_hook(_stepped)

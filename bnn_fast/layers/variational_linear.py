@@ -88,6 +88,8 @@ class VariationalLinear(VariationalLayer):
         compiling = torch.compiler.is_compiling()
         functorch = not compiling and torch._C._are_functorch_transforms_active()
         mode, recomputed = self._mode(compiling)
+        if self._pruned and not compiling:
+            self.keep_pruned()
         weight_mu, weight_rho, bias_mu, bias_rho = parameters = self.tensors()
         x = functional.autocast(x)
         checks.linear_input(x, weight_mu, mode.n_samples)
@@ -133,6 +135,8 @@ class VariationalLinear(VariationalLayer):
             return self.weight_mu, self.weight_rho, self.bias_mu, self.bias_rho
 
     def pairs(self) -> list[Pair]:
+        if self._pruned and not torch.compiler.is_compiling():
+            self.keep_pruned()
         pairs = [Pair("weight", self.weight_mu, self.weight_rho, self.prior, 0)]
         if self.bias_mu is not None:
             pairs.append(Pair("bias", self.bias_mu, self.bias_rho, self.bias_prior, 1))

@@ -32,6 +32,10 @@ template <class T, class... Args> auto make_node(Args&&... args) {
 
 IValue optional(const at::Tensor& t) { return t.defined() ? IValue(t) : IValue(); }
 
+int64_t version_of(const IValue& value) {
+  return value.isTensor() && !value.toTensor().is_inference() ? static_cast<int64_t>(value.toTensor()._version()) : 0;
+}
+
 bool engine_will_run(Node* node) {
   const auto* info = torch::autograd::get_current_graph_task_exec_info();
   if (!info) return false;
@@ -89,7 +93,7 @@ struct KlNode : Node {
 }  // namespace
 
 Call::Call(const Operator& op, std::vector<IValue> arguments) : op(op), arguments_(std::move(arguments)) {
-  for (const at::Tensor& p : parameters()) versions_.push_back(p.defined() && !p.is_inference() ? p._version() : 0);
+  for (const IValue& value : arguments_) versions_.push_back(version_of(value));
 }
 
 variable_list Call::parameters() const {
@@ -100,12 +104,12 @@ variable_list Call::parameters() const {
 }
 
 void Call::check_unchanged() const {
-  variable_list now = parameters();
-  for (size_t i = 0; i < now.size(); ++i)
-    if (now[i].defined() && !now[i].is_inference())
-      TORCH_CHECK(static_cast<int64_t>(now[i]._version()) == versions_[i], op.parameters[i],
-                  ", needed for the gradient, has been modified by an inplace operation: it is at version ", now[i]._version(),
-                  ", expected version ", versions_[i], ".");
+  for (size_t i = 0; i < arguments_.size(); ++i) {
+    int64_t now = version_of(arguments_[i]);
+    TORCH_CHECK(now == versions_[i], i < op.parameters.size() ? op.parameters[i] : "the key or a prior's tensor",
+                ", needed for the gradient, has been modified by an inplace operation: it is at version ", now,
+                ", expected version ", versions_[i], ".");
+  }
 }
 
 at::Tensor Call::run(const at::Tensor& x) {
