@@ -32,10 +32,6 @@ template <class T, class... Args> auto make_node(Args&&... args) {
 
 IValue optional(const at::Tensor& t) { return t.defined() ? IValue(t) : IValue(); }
 
-int64_t version_of(const IValue& value) {
-  return value.isTensor() && !value.toTensor().is_inference() ? static_cast<int64_t>(value.toTensor()._version()) : 0;
-}
-
 bool engine_will_run(Node* node) {
   const auto* info = torch::autograd::get_current_graph_task_exec_info();
   if (!info) return false;
@@ -90,10 +86,17 @@ struct KlNode : Node {
   }
 };
 
+// 0 for what has none.
+int64_t version(const IValue& argument) {
+  if (!argument.isTensor()) return 0;
+  const at::Tensor& t = argument.toTensor();
+  return t.defined() && !t.is_inference() ? static_cast<int64_t>(t._version()) : 0;
+}
+
 }  // namespace
 
 Call::Call(const Operator& op, std::vector<IValue> arguments) : op(op), arguments_(std::move(arguments)) {
-  for (const IValue& value : arguments_) versions_.push_back(version_of(value));
+  for (const IValue& argument : arguments_) versions_.push_back(version(argument));
 }
 
 variable_list Call::parameters() const {
@@ -103,13 +106,11 @@ variable_list Call::parameters() const {
   return found;
 }
 
-void Call::check_unchanged() const {
-  for (size_t i = 0; i < arguments_.size(); ++i) {
-    int64_t now = version_of(arguments_[i]);
-    TORCH_CHECK(now == versions_[i], i < op.parameters.size() ? op.parameters[i] : "the key or a prior's tensor",
-                ", needed for the gradient, has been modified by an inplace operation: it is at version ", now,
-                ", expected version ", versions_[i], ".");
-  }
+void Call::check_unchanged() const {  // the key and the priors count as much as the parameters
+  for (size_t i = 0; i < arguments_.size(); ++i)
+    TORCH_CHECK(version(arguments_[i]) == versions_[i], op.forward.schema().arguments()[i + op.has_x].name(),
+                ", needed for the gradient, has been modified by an inplace operation: it is at version ",
+                version(arguments_[i]), ", expected version ", versions_[i], ".");
 }
 
 at::Tensor Call::run(const at::Tensor& x) {
