@@ -56,8 +56,7 @@ def noise_place(rows: int, columns: int, n_samples: int, stream: int, row_offset
     """Where the noise of [rows, columns] is counted from: all of it within the counter's words."""
     for name, value, most in (("n_samples", n_samples, _WORD), ("stream", stream, _WORD - 1),
                               ("row_offset", row_offset, _WORD - rows), ("column_offset", column_offset, 4 * _WORD - columns)):
-        if type(value) is not int and (isinstance(value, (bool, Tensor)) or not hasattr(value, "__index__")):
-            raise TypeError(f"{name}: expected an integer, given {describe(value)}")
+        value = integer(name, value)
         if not (name == "n_samples") <= value <= most:
             raise ValueError(f"{name}: expected {int(name == 'n_samples')} to {most}, given {value}")
 
