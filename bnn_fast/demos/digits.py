@@ -6,6 +6,7 @@ scikit-learn's (1,797 of 8 x 8), or with --data FOLDER those of MNIST.
 """
 from __future__ import annotations
 
+import copy
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from . import digits_data
 from .common import Progress, elbo_parts, save, step_times, table
 
 BINS = 10      # of the confidence, equally wide
+FRACTIONS = (0.0, 0.5, 0.75, 0.95, 0.98)    # of the weights removed
 
 
 class Settings(NamedTuple):
@@ -82,6 +84,16 @@ def pictures(probs: Tensor, twin_probs: Tensor, x: Tensor, y: Tensor, out: str, 
     return [save(grid, out, f"{name}_unsure.png"), save(axes, out, f"{name}_reliability.png")]
 
 
+def pruned_errors(model: nn.Module, x: Tensor, y: Tensor, draws: int, seed: int) -> dict[float, float]:
+    """Error rate with each fraction of the weights removed from a copy of the model, the lowest |mu| / sigma first."""
+    errors = {}
+    for fraction in FRACTIONS:
+        smaller = copy.deepcopy(model)
+        bf.prune(smaller, fraction)
+        errors[fraction] = (predict(smaller, x, draws, seed).argmax(-1) != y).double().mean().item()
+    return errors
+
+
 def run(epochs: int | None = None, seed: int = 0, device: str = "cpu", out: str = "figures",
         data: str | None = None) -> dict[str, dict[str, float]]:
     """Train both, predict, draw, print; returns the numbers of the table."""
@@ -111,8 +123,11 @@ def run(epochs: int | None = None, seed: int = 0, device: str = "cpu", out: str 
         ("entropy, scrambled", f"{a['scrambled']:.3f}", f"{b['scrambled']:.3f}",
          "expected: above the twin's"),
     ]))
+    errors = pruned_errors(bayesian, test_x, test_y, settings.draws, seed)
+    print(table(f"{name}: error with weights removed, the lowest |mu| / sigma first, {settings.draws} draws", [
+        ("removed", *(f"{fraction:.0%}" for fraction in errors)), ("error", *(f"{e:.2%}" for e in errors.values()))]))
     rows = slice(0, settings.batch)
     print(table(f"{name}: a step with {settings.batch} images",
                 step_times(bayesian, bf.Categorical(), train_x[rows], train_y[rows], len(train_x))))
     print("figures:", *pictures(probs, twin_probs, test_x, test_y, out, name), sep="\n  ")
-    return {"bayesian": a, "twin": b}
+    return {"bayesian": a, "twin": b, "pruned": errors}
