@@ -46,19 +46,26 @@ def choice(name: str, value, choices: dict) -> int:
         return choices[value]
     except (KeyError, TypeError):
         known = ", ".join(map(repr, choices))
-        raise ValueError(f"{name}: expected one of {known}, given {value!r}") from None
+        given = repr(value) if isinstance(value, str) or value is None else describe(value)
+        raise ValueError(f"{name}: expected one of {known}, given {given}") from None
 
 
 _WORD = 2 ** 32  # values of a word of the noise counter
 
 
-def noise_place(rows: int, columns: int, n_samples: int, stream: int, row_offset: int, column_offset: int) -> None:
-    """Where the noise of [rows, columns] is counted from: all of it within the counter's words."""
+def noise_place(rows: int, columns: int, n_samples: int, stream: int, row_offset: int, column_offset: int
+                ) -> list[int]:
+    """(n_samples, stream, row_offset, column_offset) as ints: where the noise of [rows, columns] is counted from, all of it
+    within the counter's words.
+    """
+    found = []
     for name, value, most in (("n_samples", n_samples, _WORD), ("stream", stream, _WORD - 1),
                               ("row_offset", row_offset, _WORD - rows), ("column_offset", column_offset, 4 * _WORD - columns)):
         value = integer(name, value)
         if not (name == "n_samples") <= value <= most:
             raise ValueError(f"{name}: expected {int(name == 'n_samples')} to {most}, given {value}")
+        found.append(value)
+    return found
 
 
 def integer(name: str, value, lowest: int | None = None, otherwise: str = "") -> int:
@@ -87,6 +94,12 @@ def is_number(value) -> bool:
 def batch(name: str, value) -> None:
     if not isinstance(value, Tensor) or value.dim() == 0:
         raise TypeError(f"{name}: expected a tensor [B, ...], given {describe(value)}")
+
+
+def flags(**values) -> None:
+    for name, value in values.items():
+        if not isinstance(value, (bool, int, np.bool_)):
+            raise TypeError(f"{name}: expected True or False, given {describe(value)}")
 
 
 def module(name: str, value) -> None:
@@ -147,7 +160,7 @@ def weight(weight_mu: Tensor, bias_mu: Tensor | None, bias_rho: Tensor | None) -
         missing = "bias_mu" if bias_mu is None else "bias_rho"
         raise ValueError(f"{missing}: expected bias_mu and bias_rho together or neither, given None")
     if bias_mu is not None:
-        if bias_mu.shape != weight_mu.shape[:1]:
+        if not isinstance(bias_mu, Tensor) or bias_mu.shape != weight_mu.shape[:1]:
             raise ValueError(f"bias_mu: expected [{weight_mu.shape[0]}] (out_features), "
                              f"given {describe(bias_mu)}")
         if bias_mu.dtype != weight_mu.dtype:
@@ -170,6 +183,7 @@ def check_parameters(model: torch.nn.Module) -> None:
     """Raise ValueError naming the first parameter of `model` that holds a NaN. Reads all of them, so not for
     every step.
     """
+    module("model", model)
     for name, parameter in model.named_parameters():
         nans = int(parameter.isnan().sum())
         if nans:
