@@ -86,10 +86,17 @@ struct KlNode : Node {
   }
 };
 
+// 0 for what has none.
+int64_t version(const IValue& argument) {
+  if (!argument.isTensor()) return 0;
+  const at::Tensor& t = argument.toTensor();
+  return t.defined() && !t.is_inference() ? static_cast<int64_t>(t._version()) : 0;
+}
+
 }  // namespace
 
 Call::Call(const Operator& op, std::vector<IValue> arguments) : op(op), arguments_(std::move(arguments)) {
-  for (const at::Tensor& p : parameters()) versions_.push_back(p.defined() && !p.is_inference() ? p._version() : 0);
+  for (const IValue& argument : arguments_) versions_.push_back(version(argument));
 }
 
 variable_list Call::parameters() const {
@@ -99,13 +106,11 @@ variable_list Call::parameters() const {
   return found;
 }
 
-void Call::check_unchanged() const {
-  variable_list now = parameters();
-  for (size_t i = 0; i < now.size(); ++i)
-    if (now[i].defined() && !now[i].is_inference())
-      TORCH_CHECK(static_cast<int64_t>(now[i]._version()) == versions_[i], op.parameters[i],
-                  ", needed for the gradient, has been modified by an inplace operation: it is at version ", now[i]._version(),
-                  ", expected version ", versions_[i], ".");
+void Call::check_unchanged() const {  // the key and the priors count as much as the parameters
+  for (size_t i = 0; i < arguments_.size(); ++i)
+    TORCH_CHECK(version(arguments_[i]) == versions_[i], op.forward.schema().arguments()[i + op.has_x].name(),
+                ", needed for the gradient, has been modified by an inplace operation: it is at version ",
+                version(arguments_[i]), ", expected version ", versions_[i], ".");
 }
 
 at::Tensor Call::run(const at::Tensor& x) {

@@ -155,6 +155,19 @@ def test_a_fused_step_between_forward_and_backward_raises(x):
     z.backward()  # whose parameters that optimizer does not have
 
 
+@needs_extension
+@pytest.mark.parametrize("what", ["prior_scale", "bias_prior_loc", "frozen_key"])
+def test_another_prior_or_key_between_forward_and_backward_raises(x, what):
+    tensors = [bf.Normal(torch.zeros(shape), torch.ones(shape)) for shape in ((2, 3), (2,))]
+    layer = bf.VariationalLinear(3, 2, prior=tensors[0], bias_prior=tensors[1], dtype=torch.float64)
+    bf.freeze(layer)
+    y, kl = layer(x).sum(), bf.kl_divergence(layer)
+    getattr(layer, what).mul_(3)
+    for loss in (y, kl):
+        with pytest.raises(RuntimeError, match="needed for the gradient, has been modified by an inplace operation"):
+            loss.backward()
+
+
 def test_a_fused_step_of_parameters_without_gradients_changes_nothing(twin, x):
     """Two optimizers by turns: a step raises the version of what it wrote, no other's."""
     model = network()
