@@ -37,8 +37,8 @@ def evaluation(model: nn.Module):
 
     A module in training mode is, for as long as anybody evaluates it, of a subclass of its class, in which `training` is a
     property; it goes by the class's name and is pickled and copied as of the class itself. Where that cannot be done (a
-    ScriptModule; a module with a `train` of its own; what lies within torch.compile or DataParallel, which guard classes and
-    use threads of their own) the module is put into evaluation mode and back again, and other threads notice.
+    ScriptModule; a module with a `train` of its own; what lies within torch.compile or DataParallel, which guard classes
+    and use threads of their own) the module is put into evaluation mode and back again, and other threads notice.
     """
     modules = list(model.modules())
     if not any(module.training for module in modules):
@@ -109,7 +109,8 @@ def _evaluating(base: type) -> type | None:
             return found
         make, arguments, *rest = found
         if make is copyreg.__newobj__ and len(arguments) == 1:
-            return copyreg._reconstructor, (base, object, None), *rest  # pickle compares __newobj__'s class with the object's
+            # pickle compares __newobj__'s class with the object's
+            return copyreg._reconstructor, (base, object, None), *rest
         of_base = [base if a is type(self) else a for a in (make, *arguments)]
         return of_base[0], tuple(of_base[1:]), *rest
 

@@ -78,10 +78,11 @@ def predict(model: nn.Module, x: Tensor, likelihood: nn.Module | None = None, n_
         with _bar(len(x) * n_calls, progress) as bar:
             for rows in x.split(n_rows):
                 moments = Moments()
+                split = n_rows < len(x)
                 for first, block in _blocks(model, rows, draws, n_calls, n_draws if vectorized else None, bar, not pieces,
-                                            whole_calls):
+                                            whole_calls, split):
                     if not pieces and not first:
-                        kept = _room(block, n_calls, len(x) if n_rows < len(x) else block.shape[1])
+                        kept = _room(block, n_calls, len(x) if split else block.shape[1])
                     moments.add(*kind.terms(block, likelihood))
                     if kept is not None:
                         kept[first:first + len(block), first_row:first_row + block.shape[1]] = block
@@ -95,15 +96,19 @@ def predict(model: nn.Module, x: Tensor, likelihood: nn.Module | None = None, n_
 
 
 def _blocks(model: nn.Module, rows: Tensor, draws: Draws, n_samples: int, n_draws: int | None, bar, checking: bool,
-            whole: bool):
+            whole: bool, split: bool):
     """(first draw, outputs [n, b, ...] of this and the following draws) for the given rows; n_draws of them in one call
-    (in the last one too, if `whole`, where those beyond n_samples are dropped), or each in a call of its own (None)."""
+    (in the last one too, if `whole`, where those beyond n_samples are dropped), or each in a call of its own (None).
+    split: whether the rows are not all of them."""
     first, pending, size = 0, [], 0
     for s in range(0, n_samples, n_draws or 1):
         count = min(n_draws or 1, n_samples - s)
         together = n_draws if whole else count
         draws.move(s, together)
         y = single(model, rows, draws, s)[None] if n_draws is None else repeated(model, rows, together)[:count]
+        if n_draws is None and (y.dim() < 2 or (split and y.shape[1] != len(rows))):
+            raise ValueError(f"model: expected outputs with {len(rows) if split else 'any number of'} rows in dimension 0, "
+                             f"given {checks.describe(y[0])}")
         pending.append(_checked(y))
         if checking and s == 0 and count > 1 and draws.any and not whole:  # that would compile again
             _check_rows_apart(model, rows, draws, y[-1], count)

@@ -63,8 +63,8 @@ class sampling:
         entry = innermost(self._entries)
         self._entries.remove(entry)
         if not leave(entry) and kind is None:
-            raise RuntimeError("sampling: left before a context that was entered after it, or not by the thread or task that "
-                               "entered it: calls in between may have drawn as the other context says")
+            raise RuntimeError("sampling: left before a context that was entered after it, or not by the thread or task "
+                               "that entered it: calls in between may have drawn as the other context says")
 
     def _modes(self, layers: list[tuple[str, VariationalLayer]]) -> list[Mode]:
         """How each of the layers is to draw."""

@@ -179,7 +179,8 @@ def test_names_of_torchs_wrappers_do_not_count(x):
     model = network()
     expected = under(model, x, seed=1)
     for wrapped in (nn.DataParallel(model), AveragedModel(model), torch.compile(model, backend="eager"),
-                    wrappers.checkpoint_wrapper(model), wrappers.offload_wrapper(model), Module(fsdp.FSDP_WRAPPED_MODULE, model)):
+                    wrappers.checkpoint_wrapper(model), wrappers.offload_wrapper(model),
+                    Module(fsdp.FSDP_WRAPPED_MODULE, model)):
         names = [name.split(".") for name, _ in base.named_layers(wrapped)]
         assert all(set(name[:-1]) <= set(WRAPPERS) and len(name) > 1 for name in names)
         inner = wrapped.module if isinstance(wrapped, AveragedModel) else model

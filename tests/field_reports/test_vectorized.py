@@ -85,6 +85,18 @@ def test_rows_are_split_only_where_batch_size_says_so(x):
                                bf.predict(model, x, n_samples=4, seed=1).samples)
 
 
+def test_outputs_that_cannot_be_put_together(x):
+    with pytest.raises(ValueError, match=r"model: expected outputs with 4 rows in dimension 0, given .*\[1, 2\]"):
+        bf.predict(Pooled().double(), x, n_samples=2, vectorized=False, batch_size=4)
+
+    class Scalar(Graph):
+        def forward(self, x):
+            return super().forward(x).sum()
+
+    with pytest.raises(ValueError, match="model: expected outputs with any number of rows in dimension 0, given"):
+        bf.predict(Scalar(), x, n_samples=2, vectorized=False)
+
+
 @pytest.mark.parametrize("model", [Graph, TimeFirst])
 def test_rows_of_different_draws_that_mix_are_refused(twin, x, model):
     model = model()
