@@ -151,6 +151,6 @@ def test_every_instruction_set_draws_the_same_bits():
 def test_other_instruction_sets_pass_these_tests(name):
     files = glob(f"{os.path.dirname(__file__)}/test_kernels_*.py")
     chosen = "awkward or narrow_shapes or beyond_its_rows or (options and softplus-sampled-torch.float32)"
-    chosen += " or bit_for_bit or threads or sigma_is"
+    chosen += " or bit_for_bit or threads or sigma_is or overflow or small_elements"
     done = run_with(name, "-m", "pytest", "-q", "-x", *files, "-k", chosen)
     assert done.returncode == 0, done.stdout

@@ -17,12 +17,16 @@ from kernels import (
 
 
 @pytest.mark.parametrize("kl", KLS, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "dtype, x_dtype",
+    [(torch.float32, None), (torch.float64, None), (torch.bfloat16, None), (torch.float32, torch.float16)],
+    ids=str,
+)
 @pytest.mark.parametrize("outputs, inputs, batch, n_samples", [(300, 400, 130, 3), (100, 100, 33, 30)])
-def test_drawn_in_several_blocks_of_rows(outputs, inputs, batch, n_samples, dtype, kl):
+def test_drawn_in_several_blocks_of_rows(outputs, inputs, batch, n_samples, dtype, x_dtype, kl):
     bias, tensors = kl != "analytic", kl != "sampled"
     check_linear(
-        random(n_samples * batch, inputs, dtype=dtype, seed=2),
+        random(n_samples * batch, inputs, dtype=x_dtype or dtype, seed=2),
         *posterior(outputs, inputs, dtype=dtype),
         *(posterior(outputs, dtype=dtype, seed=1) if bias else (None, None)),
         prior=make_prior(tensors, outputs, inputs, dtype=dtype),

@@ -12,10 +12,21 @@ from ptx.device import Device
 HERE = Path(__file__).parent
 
 
-def pytest_collection_modifyitems(items):
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
     for item in items:
         if HERE in item.path.parents and not item.get_closest_marker("cuda"):
             item.add_marker("ptx")
+    items.sort(key=lambda item: item.path == HERE / "test_coverage.py")  # after what it tells of
+    here = {item.path.name for item in items if HERE in item.path.parents}
+    whole = here >= {path.name for path in HERE.glob("test_*.py")}
+    config.whole_of_ptx = whole and not any("::" in argument for argument in config.args)
+
+
+def pytest_deselected(items):
+    for item in items:
+        if item.get_closest_marker("ptx"):
+            item.config.whole_of_ptx = False
 
 
 @pytest.fixture(scope="session")

@@ -27,48 +27,67 @@ from bnn_fast import Normal
 ALIGNED = [(72, 200), (200, 72)]
 
 
+UNALIGNED = (71, 201)
 ALL_OPTIONS = [(scale, kl) for scale in SCALES for kl in KLS]
-PRIORS = (True, False, "loc", "scale")
+WITH_PRIORS = [(kl, prior) for kl in ("analytic", "sampled") for prior in (True, "loc", "scale")]
+OWN_TYPES = [(dtype, dtype) for dtype in (torch.float32, *HALVES)]
+MIXED_TYPES = [(dtype, torch.float32) for dtype in HALVES]
 
 
-def check_fused(outputs, inputs, batch, x_dtype, dtype, n_samples, i, ops, **options):
-    """One of ALL_OPTIONS, with and without a bias, priors of numbers and of tensors."""
-    scale, kl = ALL_OPTIONS[i]
+def check_fused(shape, batch, dtypes, ops, n_samples=1, scale="softplus", kl="sampled", prior=False, bias=True, offset=0):
+    outputs, inputs = shape
+    dtype = dtypes[1]
     check_linear(
-        random(n_samples * batch, inputs, dtype=x_dtype, seed=2),
+        random(n_samples * batch, inputs, dtype=dtypes[0], seed=2),
         *posterior(outputs, inputs, dtype=dtype),
-        *(posterior(outputs, dtype=dtype, seed=1) if i % 3 else (None, None)),
-        prior=make_prior(PRIORS[i % 4], outputs, inputs, dtype=dtype),
-        bias_prior=make_prior(PRIORS[(i + 1) % 4], outputs, dtype=dtype, seed=1),
+        *(posterior(outputs, dtype=dtype, seed=1) if bias else (None, None)),
+        prior=make_prior(prior, outputs, inputs, dtype=dtype),
+        bias_prior=make_prior(prior, outputs, dtype=dtype, seed=1),
         scale=scale,
         kl=kl,
         n_samples=n_samples,
+        column_offset=offset,
         regime="fused",
         ops=ops,
-        **options,
     )
 
 
-@pytest.mark.parametrize("dtype, parameters", [
-    (torch.float32, torch.float32),
-    *((half, kind) for half in HALVES for kind in (half, torch.float32)),
-], ids=str)
-def test_fused_aligned_shapes(dtype, parameters, cuda_ops):
-    """For few and for many rows, and one to eight samples: three keep one of four warps idle."""
-    for i in range(9):
-        check_fused(*ALIGNED[i % 2], (16, 3)[i % 2], dtype, parameters, 1, i, cuda_ops, column_offset=4 * (i % 2))
-    for n_samples, batch, i in ((3, 4, 7), (3, 16, 8), (8, 4, 4), (8, 16, 2)):
-        check_fused(*ALIGNED[i % 2], batch, dtype, parameters, n_samples, i, cuda_ops)
+@pytest.mark.parametrize("dtypes", OWN_TYPES + MIXED_TYPES, ids=str)
+def test_fused_aligned_shapes(dtypes, cuda_ops):
+    """Every option, for few and for many rows."""
+    for i, (scale, kl) in enumerate(ALL_OPTIONS):
+        options = dict(scale=scale, kl=kl, prior=i % 4 == 3, bias=i % 3 > 0, offset=4 * (i % 2))
+        check_fused(ALIGNED[i // 2 % 2], (13, 3)[i % 2], dtypes, cuda_ops, **options)
 
 
-@pytest.mark.parametrize("shape", [(200, 72), (71, 201)], ids=str)
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
-@pytest.mark.parametrize("parameters", [torch.float32, None], ids=["float parameters", "its own"])
-def test_fused_kernels_for_many_rows_of_16_bits(parameters, dtype, shape, cuda_ops):
-    first = 0 if shape[0] == 200 else 1
-    for i in range(9):
-        if shape[0] == 200 or i % 2 == first:
-            check_fused(*shape, 17 + 5 * i, dtype, parameters or dtype, 1, i, cuda_ops)
+@pytest.mark.parametrize("dtypes", OWN_TYPES, ids=str)
+def test_fused_priors(dtypes, cuda_ops):
+    for i, (kl, prior) in enumerate(WITH_PRIORS):
+        check_fused(ALIGNED[i % 2], 3, dtypes, cuda_ops, kl=kl, prior=prior)
+        check_fused(UNALIGNED, 13, dtypes, cuda_ops, kl=kl, prior=prior)
+    check_fused(UNALIGNED, 3, dtypes, cuda_ops, kl="analytic", prior=True)
+
+
+@pytest.mark.parametrize("dtypes", OWN_TYPES + MIXED_TYPES[:1], ids=str)
+def test_fused_samples(dtypes, cuda_ops):
+    """Three keep one of the four warps of a group idle."""
+    for shape, batch, n_samples, options in (
+        (ALIGNED[0], 3, 3, dict(scale="sqrt_exp")),
+        (ALIGNED[1], 13, 3, dict(kl="analytic")),
+        (UNALIGNED, 4, 8, dict(scale="exp")),
+        (ALIGNED[0], 16, 8, dict(kl="analytic", bias=False)),
+        (ALIGNED[1], 16, 2, dict(kl=None)),
+    ):
+        check_fused(shape, batch, dtypes, cuda_ops, n_samples, **options)
+
+
+@pytest.mark.parametrize("dtypes", OWN_TYPES[1:] + MIXED_TYPES, ids=str)
+def test_fused_kernels_for_many_rows_of_16_bits(dtypes, cuda_ops):
+    for i, (scale, kl) in enumerate(ALL_OPTIONS):
+        check_fused(ALIGNED[i % 2], 17 + 5 * i, dtypes, cuda_ops, scale=scale, kl=kl, bias=i % 3 > 0)
+    for i, (kl, prior) in enumerate(WITH_PRIORS):
+        check_fused((ALIGNED[0], UNALIGNED)[i % 2], 33, dtypes, cuda_ops, kl=kl, prior=prior)
+    check_fused(UNALIGNED, 64, dtypes, cuda_ops, kl="analytic", prior=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -100,12 +119,24 @@ def test_rows_that_are_whole_vectors_but_begin_amid_one(dtype, cuda_ops):
     )
 
 
-@pytest.mark.parametrize("dtype, kl", [(torch.float32, "sampled"), (torch.float64, None), (torch.bfloat16, "analytic")])
-def test_a_block_of_a_small_layer_walks_several_tiles(dtype, kl, cuda_ops):
+@pytest.mark.parametrize(
+    "side, dtype, kl, prior",
+    [
+        (5, torch.float32, "sampled", "loc"),
+        (5, torch.bfloat16, "analytic", "scale"),
+        (24, torch.float32, None, False),
+        (24, torch.float64, "sampled", "scale"),
+    ],
+    ids=str,
+)
+def test_a_block_of_a_small_layer_walks_several_tiles(side, dtype, kl, prior, cuda_ops):
+    """And in 24 x 24 a thread multiplies several elements of a tile."""
+    inputs = 3 if side == 5 else side
     check_linear(
-        random(265 * 70, 3, dtype=dtype, seed=2),
-        *posterior(5, 3, dtype=dtype),
-        *posterior(5, dtype=dtype, seed=1),
+        random(265 * 70, inputs, dtype=dtype, seed=2),
+        *posterior(side, inputs, dtype=dtype),
+        *posterior(side, dtype=dtype, seed=1),
+        prior=make_prior(prior, side, inputs, dtype=dtype),
         kl=kl,
         n_samples=265,
         regime="small",
@@ -120,13 +151,13 @@ def test_small_layers_of_whole_quads(dtype, cuda_ops):
         ((64, 64), 300, 1, "analytic"),
         ((8, 12), 9, 40, "sampled"),
         ((12, 8), 700, 1, "sampled"),
-        ((20, 52), 33, 2, None),
+        ((20, 52), 33, 2, "analytic"),
     ):
         check_linear(
             random(n_samples * batch, inputs, dtype=dtype, seed=2),
             *posterior(outputs, inputs, dtype=dtype),
             *posterior(outputs, dtype=dtype, seed=1),
-            prior=make_prior(batch == 9, outputs, inputs, dtype=dtype),
+            prior=make_prior({9: "loc", 700: "scale", 33: True}.get(batch, False), outputs, inputs, dtype=dtype),
             kl=kl,
             n_samples=n_samples,
             regime="small",
