@@ -15,6 +15,7 @@ from .inference.sampling import draw, freeze, mc_forward, sampling, unfreeze
 from .inference.schedules import blundell_weights, linear_warmup
 from .layers import VariationalLinear
 from .operators import functional, reference
+from .operators.raw import plain
 from .priors import Normal, initialisation
 
 # Their public paths, wherever the files are.
@@ -25,6 +26,6 @@ __all__ = [
     "Bernoulli", "Categorical", "ClassPrediction", "ELBO", "Gaussian", "GaussianPrediction",
     "HeteroscedasticGaussian", "Normal", "Prediction", "VariationalLinear", "__version__", "blundell_weights",
     "build_info", "check_parameters", "draw", "freeze", "functional", "kl_divergence", "linear_warmup",
-    "mc_forward", "metrics", "plotting", "predict", "prune", "reference", "sampling",
+    "mc_forward", "metrics", "plain", "plotting", "predict", "prune", "reference", "sampling",
     "signal_to_noise", "unfreeze",
 ]

@@ -22,7 +22,9 @@ from .. import _build
 from . import raw
 
 nodes = _build.nodes
-_DOUBLE = "bnn_fast's operators are differentiable once: their gradients have no gradient (double backward)."
+_PLAIN = "Within `with bnn_fast.plain():` layers run in plain PyTorch, with the same noise and all derivatives."
+_DOUBLE = f"bnn_fast's operators are differentiable once: their gradients have no gradient (double backward). {_PLAIN}"
+_FORWARD = f"bnn_fast's operators have no forward-mode derivative. {_PLAIN}"
 
 
 def transformed() -> bool:
@@ -107,6 +109,10 @@ def _transformable(operator: Operator, tensors: int) -> type:
                 wanted[0] = False
             return (*(g if want else None for g, want in zip(result, wanted)),
                     *(None,) * (len(arguments) - n_inputs))
+
+        @staticmethod
+        def jvp(ctx, *tangents):
+            raise RuntimeError(_FORWARD)
 
         @staticmethod
         def vmap(info, in_dims, *arguments):

@@ -5,6 +5,8 @@ the checks are in functional.py. csrc/ops.cpp holds the schemas.
 """
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
 import warnings
 
@@ -16,8 +18,28 @@ from .._build import EXTENSION_ERROR, build_info
 HAS_EXTENSION = EXTENSION_ERROR is None
 
 
+_plain = contextvars.ContextVar("bnn_fast.plain", default=False)
+
+
+@contextlib.contextmanager
+def plain():
+    """Context in which layers and functions run in plain PyTorch, with the same noise, slower: for derivatives of any order (a
+    loss with second derivatives of the outputs, as of a physics-informed network) and in forward mode.
+
+    What is computed within is differentiable after it too. It holds for the thread, or the task of asyncio, that entered it,
+    and not in compiled code.
+    """
+    token = _plain.set(True)
+    try:
+        yield
+    finally:
+        _plain.reset(token)
+
+
 def compiled_for(device: torch.device) -> bool:
     """Whether tensors on `device` have compiled operators; elsewhere the plain twin (reference.py) runs, with the same noise."""
+    if not torch.compiler.is_compiling() and _plain.get():
+        return False
     if device.type == "cuda":
         return HAS_EXTENSION and _has_cuda_kernels()
     return HAS_EXTENSION and device.type in ("cpu", "meta")

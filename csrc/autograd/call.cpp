@@ -20,7 +20,10 @@ using torch::autograd::collect_next_edges;
 using torch::autograd::SavedVariable;
 using torch::autograd::set_history;
 
-constexpr const char* kDouble = "bnn_fast's operators are differentiable once: their gradients have no gradient (double backward).";
+#define PLAIN " Within `with bnn_fast.plain():` layers run in plain PyTorch, with the same noise and all derivatives."
+constexpr const char* kDouble =
+    "bnn_fast's operators are differentiable once: their gradients have no gradient (double backward)." PLAIN;
+constexpr const char* kForward = "bnn_fast's operators have no forward-mode derivative." PLAIN;
 
 template <class T, class... Args> auto make_node(Args&&... args) {
 #if TORCH_VERSION_MAJOR > 2 || TORCH_VERSION_MINOR >= 13
@@ -183,9 +186,10 @@ variable_list Call::kl_gradients(const at::Tensor& grad) {
 }
 
 at::Tensor draw(const c10::intrusive_ptr<Call>& call, const at::Tensor& x) {
-  at::Tensor y = call->run(x);
   variable_list inputs = call->parameters();
   if (call->op.has_x) inputs.insert(inputs.begin(), x);
+  for (const at::Tensor& t : inputs) TORCH_CHECK(!t.defined() || !t._fw_grad(0).defined(), kForward);
+  at::Tensor y = call->run(x);
   if (!torch::autograd::compute_requires_grad(inputs)) return y;
   auto node = make_node<DrawNode>();
   node->set_next_edges(collect_next_edges(inputs));
