@@ -175,21 +175,22 @@ def test_linear_strides_and_dimensions(kl, n_samples, columns):
 
 
 @in_every_regime
-def test_linear_backward_takes_gradients_of_any_stride_and_either_alone(regime, inputs, batch):
-    mu, rho = posterior(9, inputs)
-    x, biases = random(batch, inputs), posterior(9, seed=1)
-    assert regime_of(x, mu, 1) == expected_regime(regime, x.dtype)
+@pytest.mark.parametrize("n_samples", [1, 2])
+def test_linear_backward_takes_gradients_of_any_stride_and_either_alone(n_samples, regime, inputs, batch):
+    mu, rho, rows = *posterior(9, inputs), n_samples * batch
+    x, biases = random(rows, inputs), posterior(9, seed=1)
+    assert regime_of(x, mu, n_samples) == expected_regime(regime, x.dtype)
     options = dict(
         prior=Normal(0.0, 1.0),
         bias_prior=Normal(0.0, 1.0),
         scale="softplus",
-        n_samples=1,
+        n_samples=n_samples,
         row_offset=0,
         column_offset=0,
     )
     grad_kl = torch.tensor(0.3)
     for kl in ("analytic", "sampled"):
-        for grad_y in (torch.ones(()).expand(batch, 9), random(9, batch, seed=4).T):
+        for grad_y in (torch.ones(()).expand(rows, 9), random(9, rows, seed=4).T):
             given = raw_linear(x, mu, rho, *biases, KEY, **options, kl=kl, grad_y=grad_y, grad_kl=grad_kl)[2]
             dense = raw_linear(
                 x, mu, rho, *biases, KEY, **options, kl=kl, grad_y=grad_y.contiguous(), grad_kl=grad_kl

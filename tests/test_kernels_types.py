@@ -41,8 +41,10 @@ def test_float_results_are_rounded_to_the_nearest_number_of_16_bits(dtype):
     between = numbers[:-1] + (numbers[1:] - numbers[:-1]) / 2
     largest = numbers.abs().max()
     overflowing = torch.tensor([float(largest) * (1 + torch.finfo(dtype).eps / 4), math.inf, math.nan, 1e38])
-    values = torch.cat([numbers, between, overflowing, -overflowing])
-    values = torch.cat([values, values.nextafter(torch.tensor(math.inf)), values.nextafter(torch.tensor(-math.inf))])
+    full_nan = torch.tensor([0x7FFFFFFF, -1]).to(torch.int32).view(torch.float32)  # that rounding would carry over
+    values = torch.cat([numbers, between, overflowing, -overflowing, full_nan])
+    beside = [values.nextafter(torch.tensor(end)) for end in (math.inf, -math.inf)]
+    values = torch.cat([values, *beside])
     mu, x = values.unsqueeze(1), torch.ones(1, 1, dtype=dtype)
     assert regime_of(x, mu, 1) == "fused"
     tail = (None, None, KEY, None, None, None, None, 0.0, 1.0, 0.0, 1.0, 0, 0, 1, 0, 0)

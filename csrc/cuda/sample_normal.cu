@@ -153,6 +153,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor<F, AnyQuad>)
   for_quads<AnyQuad>(p, work.walk, [&](AnyQuad q, uint32_t row, uint32_t counter) {
     F mu[4], rho[4], sigma[4], d_sigma[4];
     F d_mu[4] = {}, d_rho[4] = {};  // the KL's own part at first; by rho in units (posterior.h)
+    uint32_t pruned = 0;            // by bits: one register to keep, not rho's four
     load_quad<F>(p.mu, p.type, q, F(0), mu);
     load_quad<F>(p.rho, p.type, q, F(-INFINITY), rho);
     with_scale(p.scale, [&]<int scale>() {
@@ -161,6 +162,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor<F, AnyQuad>)
         s[k] = spread<scale>(rho[k]);
         sigma[k] = s[k].sigma;
         d_sigma[k] = s[k].d_sigma;
+        pruned |= static_cast<uint32_t>(is_pruned(rho[k])) << k;
       }
       if (divergence == kAnalytic) {
         F factor[4] = {number, number, number, number};
@@ -192,8 +194,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor<F, AnyQuad>)
       }
     }
     for (int k = 0; k < 4; ++k) {
-      d_mu[k] = select(is_pruned(rho[k]), F(0), d_mu[k]);
-      d_rho[k] = select(is_pruned(rho[k]), F(0), in_full(p.scale, sigma[k], d_rho[k]));
+      bool is_zero = pruned >> k & 1;
+      d_mu[k] = select(is_zero, F(0), d_mu[k]);
+      d_rho[k] = select(is_zero, F(0), in_full(p.scale, sigma[k], d_rho[k]));
     }
     store_quad<F>(problem.grad_mu, p.type, q, d_mu);
     store_quad<F>(problem.grad_rho, p.type, q, d_rho);
