@@ -13,7 +13,7 @@ from ..priors import Normal, as_normal, initialisation
 from ..priors.scales import sigma_of
 from .base import Pair, VariationalLayer
 
-
+_tracing = torch._C._get_tracing_state
 _TRANSFORMER = "torch.nn.modules.transformer"
 
 
@@ -52,7 +52,8 @@ class VariationalLinear(VariationalLayer):
     or None. Under autocast x and y have the autocast dtype; the parameters and the KL keep theirs.
 
     Raises ValueError or TypeError where an option is unknown, a prior's tensor or x has the wrong shape,
-    dtype or device, or, under `sampling`, the batch is not divisible by n_samples.
+    dtype or device, or, under `sampling`, the batch is not divisible by n_samples. RuntimeError under torch.jit.trace with
+    gradients on.
     """
 
     names = ("weight_mu", "weight_rho", "bias_mu", "bias_rho")
@@ -106,7 +107,10 @@ class VariationalLinear(VariationalLayer):
             if compiling or functorch:
                 y, kl = autograd.LINEAR.apply(x, *arguments)
             elif gradients:
-                y, kl = self._draw(x, arguments)
+                if _tracing() is not None:
+                    raise RuntimeError("torch.jit.trace would lose the gradients of drawn weights: trace under "
+                                       "torch.no_grad(), or trace bnn_fast.draw(model, seed), an ordinary module")
+                y, kl = autograd.draw(autograd.LINEAR, x, arguments)
             else:
                 y, kl = raw.variational_linear(x, *arguments)
         if not recomputed and not functorch:  # under torch.func the tensors are the transform's
@@ -114,15 +118,6 @@ class VariationalLinear(VariationalLayer):
                 kl = None  # two backward passes would walk the parametrization twice
             self._remember(self._registered(parameters), key, mode.n_samples, kl, compiling)
         return y
-
-    def _draw(self, x: Tensor, arguments: tuple):
-        try:
-            return autograd.draw(autograd.LINEAR, x, arguments)
-        except RuntimeError as error:
-            if torch._C._get_tracing_state() is None:
-                raise
-            raise RuntimeError("torch.jit.trace cannot record the gradients of drawn weights: trace under "
-                               "torch.no_grad(), or trace bnn_fast.draw(model, seed), an ordinary module") from error
 
     def tensors(self) -> tuple:
         parameters = self._parameters  # a look-up through nn.Module costs several times as much

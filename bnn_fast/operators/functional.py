@@ -51,7 +51,6 @@ def variational_linear(
     prior, bias_prior = priors_of(prior, bias_prior, weight_mu, bias_mu)
     checks.parameter_pair("weight_", weight_mu, weight_rho, prior)
     checks.weight(weight_mu, bias_mu, bias_rho)
-    row_offset, column_offset, _ = checks.offsets(weight_mu, row_offset, column_offset)
     if bias_mu is not None:
         checks.parameter_pair("bias_", bias_mu, bias_rho, bias_prior, "bias_prior")
     checks.key(key, weight_mu)
@@ -91,7 +90,6 @@ def sample_normal(
     samples = 1 if n_samples is None else checks.positive_int("n_samples", n_samples)
     prior = as_normal("prior", prior, mu)
     checks.parameter_pair("", mu, rho, prior)
-    row_offset, column_offset, stream = checks.offsets(mu, row_offset, column_offset, stream)
     checks.key(key, mu)
     rows = mu.shape[0] if mu.dim() > 1 else 1
     checks.noise_place(rows, mu.numel() // max(rows, 1), samples, stream, row_offset, column_offset)
