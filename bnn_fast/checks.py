@@ -46,19 +46,26 @@ def choice(name: str, value, choices: dict) -> int:
         return choices[value]
     except (KeyError, TypeError):
         known = ", ".join(map(repr, choices))
-        raise ValueError(f"{name}: expected one of {known}, given {value!r}") from None
+        given = repr(value) if isinstance(value, str) or value is None else describe(value)
+        raise ValueError(f"{name}: expected one of {known}, given {given}") from None
 
 
 _WORD = 2 ** 32  # values of a word of the noise counter
 
 
-def noise_place(rows: int, columns: int, n_samples: int, stream: int, row_offset: int, column_offset: int) -> None:
-    """Where the noise of [rows, columns] is counted from: all of it within the counter's words."""
+def noise_place(rows: int, columns: int, n_samples: int, stream: int, row_offset: int, column_offset: int
+                ) -> list[int]:
+    """(n_samples, stream, row_offset, column_offset) as ints: where the noise of [rows, columns] is counted from, all of it
+    within the counter's words.
+    """
+    found = []
     for name, value, most in (("n_samples", n_samples, _WORD), ("stream", stream, _WORD - 1),
                               ("row_offset", row_offset, _WORD - rows), ("column_offset", column_offset, 4 * _WORD - columns)):
         value = integer(name, value)
         if not (name == "n_samples") <= value <= most:
             raise ValueError(f"{name}: expected {int(name == 'n_samples')} to {most}, given {value}")
+        found.append(value)
+    return found
 
 
 def integer(name: str, value, lowest: int | None = None, otherwise: str = "") -> int:

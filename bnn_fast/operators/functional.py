@@ -54,7 +54,7 @@ def variational_linear(
     if bias_mu is not None:
         checks.parameter_pair("bias_", bias_mu, bias_rho, bias_prior, "bias_prior")
     checks.key(key, weight_mu)
-    checks.noise_place(*weight_mu.shape, n_samples, 0, row_offset, column_offset)
+    n_samples, _, row_offset, column_offset = checks.noise_place(*weight_mu.shape, n_samples, 0, row_offset, column_offset)
     x = autocast(x)
     checks.linear_input(x, weight_mu, n_samples)
     if not raw.compiled_for(x.device):
@@ -92,7 +92,8 @@ def sample_normal(
     checks.parameter_pair("", mu, rho, prior)
     checks.key(key, mu)
     rows = mu.shape[0] if mu.dim() > 1 else 1
-    checks.noise_place(rows, mu.numel() // max(rows, 1), samples, stream, row_offset, column_offset)
+    columns = mu.numel() // max(rows, 1)
+    samples, stream, row_offset, column_offset = checks.noise_place(rows, columns, samples, stream, row_offset, column_offset)
     if not raw.compiled_for(mu.device):
         return reference.sample_normal(
             mu, rho, key, prior=prior, scale=scale, kl=kl, n_samples=n_samples, stream=stream,
