@@ -96,6 +96,12 @@ def batch(name: str, value) -> None:
         raise TypeError(f"{name}: expected a tensor [B, ...], given {describe(value)}")
 
 
+def flags(**values) -> None:
+    for name, value in values.items():
+        if not isinstance(value, (bool, int, np.bool_)):
+            raise TypeError(f"{name}: expected True or False, given {describe(value)}")
+
+
 def module(name: str, value) -> None:
     if not isinstance(value, torch.nn.Module):
         raise TypeError(f"{name}: expected an nn.Module, given {describe(value)}")
@@ -154,7 +160,7 @@ def weight(weight_mu: Tensor, bias_mu: Tensor | None, bias_rho: Tensor | None) -
         missing = "bias_mu" if bias_mu is None else "bias_rho"
         raise ValueError(f"{missing}: expected bias_mu and bias_rho together or neither, given None")
     if bias_mu is not None:
-        if bias_mu.shape != weight_mu.shape[:1]:
+        if not isinstance(bias_mu, Tensor) or bias_mu.shape != weight_mu.shape[:1]:
             raise ValueError(f"bias_mu: expected [{weight_mu.shape[0]}] (out_features), "
                              f"given {describe(bias_mu)}")
         if bias_mu.dtype != weight_mu.dtype:
@@ -177,6 +183,7 @@ def check_parameters(model: torch.nn.Module) -> None:
     """Raise ValueError naming the first parameter of `model` that holds a NaN. Reads all of them, so not for
     every step.
     """
+    module("model", model)
     for name, parameter in model.named_parameters():
         nans = int(parameter.isnan().sum())
         if nans:

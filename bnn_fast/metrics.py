@@ -171,4 +171,6 @@ def _same(name: str, value, targets: Tensor) -> Tensor:
     if not isinstance(value, Tensor) or not isinstance(targets, Tensor) or value.shape != targets.shape:
         raise ValueError(f"{name}: expected tensors of one shape, given {checks.describe(value)} beside "
                          f"{checks.describe(targets)}; they are not broadcast")
+    if not value.is_floating_point():
+        raise TypeError(f"{name}: expected a floating-point tensor, given {checks.describe(value)}")
     return value

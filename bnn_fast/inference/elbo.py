@@ -45,6 +45,7 @@ class ELBO(nn.Module):
                  vectorized: bool = True):
         super().__init__()
         checks.module("model", model)
+        checks.flags(vectorized=vectorized)
         if isinstance(likelihood, type) or not callable(likelihood):
             raise TypeError("likelihood: expected one such as Gaussian(), or a callable like it, "
                             f"given {checks.describe(likelihood)}")

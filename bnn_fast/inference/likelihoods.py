@@ -42,6 +42,7 @@ class Gaussian(nn.Module):
         return self.log_scale.exp()
 
     def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        _check_tensors(outputs, targets)
         outputs = _checked(outputs, targets, targets.shape)
         half = (-0.5 * self.log_scale).clamp(max=math.log(torch.finfo(outputs.dtype).max) - 1.0)
         return _rows(_gaussian_nll(targets - outputs, self.log_scale, half))
@@ -58,6 +59,7 @@ class HeteroscedasticGaussian(nn.Module):
     """
 
     def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        _check_tensors(outputs, targets)
         expected = (*targets.shape[:-1], 2 * targets.shape[-1]) if targets.dim() > 1 else None
         outputs = _checked(outputs, targets, expected)
         mean, log_variance = outputs.chunk(2, dim=-1)
@@ -74,6 +76,7 @@ class Bernoulli(nn.Module):
     """
 
     def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        _check_tensors(outputs, targets)
         outputs = _checked(outputs, targets, targets.shape)
         # -log p = softplus(f) - y f, where softplus is stable
         return _rows(F.softplus(outputs) - targets.to(outputs.dtype) * outputs)
@@ -109,8 +112,11 @@ class Categorical(nn.Module):
         return outputs.movedim(dim, -1)
 
     def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        if not isinstance(targets, Tensor) or targets.is_floating_point() or targets.dtype == torch.bool:
+        _check_tensors(outputs, targets)
+        if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
             raise TypeError(f"targets: expected integer classes, given {checks.describe(targets)}")
+        if outputs.dim() < 3:
+            raise ValueError(f"outputs: expected [S, B, ..., C], given {checks.describe(outputs)}")
         outputs = self.classes_last(outputs)
         hint = "" if self.class_dim != -1 or outputs.dim() < 4 else "; classes in another dimension need class_dim"
         outputs = _checked(outputs, targets, (*targets.shape, outputs.shape[-1]), hint)
@@ -134,6 +140,12 @@ def rows_nll(likelihood, outputs: Tensor, targets: Tensor) -> Tensor:
         raise ValueError(f"likelihood: expected it to give the NLL {list(outputs.shape[:2])} of each draw and row, for "
                          f"outputs {list(outputs.shape)}, given {checks.describe(nll)}")
     return nll
+
+
+def _check_tensors(outputs, targets) -> None:
+    for name, value in (("outputs", outputs), ("targets", targets)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name}: expected a tensor, given {checks.describe(value)}")
 
 
 def _checked(outputs: Tensor, targets: Tensor, expected, hint: str = "") -> Tensor:

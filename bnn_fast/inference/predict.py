@@ -64,6 +64,7 @@ def predict(model: nn.Module, x: Tensor, likelihood: nn.Module | None = None, n_
     """
     checks.module("model", model)
     checks.batch("x", x)
+    checks.flags(mean=mean, vectorized=vectorized)
     n_samples = checks.positive_int("n_samples", n_samples)
     if n_samples > 1:
         checks.any_layers(model, named_layers(model), "its draws are all the same", stacklevel=4)

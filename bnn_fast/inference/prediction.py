@@ -56,8 +56,11 @@ class Prediction:
 
         That of the draws, exact, interpolated linearly between neighbours as torch.quantile does.
         """
-        levels = torch.as_tensor(q, dtype=torch.float64)
-        if levels.dim() > 1 or not self._allowed(levels).all():
+        try:
+            levels = torch.as_tensor(q, dtype=torch.float64)
+        except (TypeError, ValueError, RuntimeError):
+            raise TypeError(f"q: expected one or several numbers, given {checks.describe(q)}") from None
+        if levels.dim() > 1 or not levels.numel() or not self._allowed(levels).all():
             raise ValueError(f"q: expected one or several numbers from 0 to 1{self._open}, "
                              f"given {checks.describe(q)}")
         found = self._over_rows(lambda y: self._quantiles(y, levels.reshape(-1).tolist()), dim=1)

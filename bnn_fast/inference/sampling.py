@@ -43,6 +43,7 @@ class sampling:
     def __init__(self, model: nn.Module, n_samples: int = 1, seed: int | None = None, first_sample: int = 0,
                  mean: bool = False, pinned: bool = False):
         checks.module("model", model)
+        checks.flags(mean=mean, pinned=pinned)
         n_samples, seed = checks.positive_int("n_samples", n_samples), checked_seed(seed)
         first_sample = checks.integer("first_sample", first_sample)
         if not 0 <= first_sample <= 2 ** 32 - n_samples:
@@ -158,6 +159,7 @@ def mc_forward(model: nn.Module, x: Tensor, n_samples: int, seed: int | None = N
 
     `predict` does the same in pieces, for any number of draws.
     """
+    checks.flags(vectorized=vectorized)
     n_samples = checks.positive_int("n_samples", n_samples)
     checks.batch("x", x)
     with Draws(model, n_samples, seed) as draws:

@@ -65,6 +65,7 @@ class VariationalLinear(VariationalLayer):
         checks.choice("scale", scale, checks.SCALES)
         checks.choice("kl", kl, {k: v for k, v in checks.KLS.items() if k is not None})
         checks.choice("init", init, initialisation.INITIALISATIONS)
+        checks.flags(bias=bias)
         self.in_features = in_features = checks.integer("in_features", in_features, 0)
         self.out_features = out_features = checks.integer("out_features", out_features, 0)
         self.scale, self.kl, self.init = scale, kl, init

@@ -237,3 +237,22 @@ figure = plt.figure()
 assert bf.plotting.image_grid(torch.rand(1, 2, 2), ax=figure.subplots()).figure is figure and len(plt.get_fignums()) == 1
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("bad", [None, "a", 1.5, (1, 2), {}, np.zeros(3), torch.tensor(1), torch.zeros(7, 9)], ids=checks.describe)
+def test_the_wrong_kind_of_thing_is_refused_by_name(bad):
+    """TypeError or ValueError with what was expected, not what Python or torch stumble over further on."""
+    model, y, classes = network(), torch.zeros(7, 2).double(), torch.zeros(7).long()
+    found = bf.predict(model, X, bf.Gaussian(), n_samples=2)
+    calls = {f"likelihood {i}": lambda a=a: a[0](bad, a[1]) for i, a in enumerate(
+        ((bf.Gaussian(), y), (bf.HeteroscedasticGaussian(), y), (bf.Bernoulli(), y), (bf.Categorical(), classes)))}
+    calls |= {f"targets {i}": lambda a=a: a[0](a[1], bad) for i, a in enumerate(
+        ((bf.Gaussian(), y[None]), (bf.HeteroscedasticGaussian(), y[None]), (bf.Categorical(), y[None])))}
+    calls |= {"check_parameters": lambda: bf.check_parameters(bad), "quantile": lambda: found.quantile(bad),
+              "bias_mu": lambda: functional.variational_linear(torch.zeros(1, 3), *PAIR, bad, torch.zeros(2), KEY),
+              "rmse": lambda: metrics.rmse(bad, y), "coverage": lambda: metrics.interval_coverage(y.long(), y.long(), y),
+              "bias": lambda: bf.VariationalLinear(3, 2, bad), "mean": lambda: bf.predict(model, X, mean=bad)}
+    for name, call in calls.items():
+        with pytest.raises((TypeError, ValueError), match="expected") as caught:
+            call()
+        assert "given" in str(caught.value), name
