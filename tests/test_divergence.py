@@ -101,6 +101,7 @@ def test_pruned_weights_are_not_counted(twin):
 
 def test_a_model_without_variational_layers():
     assert bf.kl_divergence(nn.Linear(3, 2)) == 0 and bf.kl_divergence(nn.ReLU()) == 0
+    assert bf.kl_divergence(nn.Linear(3, 2), "mean") == 0
     assert bf.kl_divergence(nn.Linear(3, 2), "none") == {}
 
 

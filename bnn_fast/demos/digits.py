@@ -7,6 +7,7 @@ scikit-learn's (1,797 of 8 x 8), or with --data FOLDER those of MNIST.
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -40,7 +41,9 @@ def network(layer, n_in: int, hidden: int) -> nn.Sequential:
 
 def train(model: nn.Module, x: Tensor, y: Tensor, batch: int, epochs: int, label: str) -> None:
     """The same for both networks: the KL of one without variational layers is 0."""
-    elbo = bf.ELBO(model, bf.Categorical(), n_data=len(x))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "model: expected variational layers")  # the twin has none on purpose
+        elbo = bf.ELBO(model, bf.Categorical(), n_data=len(x))
     optimizer = torch.optim.Adam(elbo.parameters(), lr=1e-3)
     with Progress(epochs * -(-len(x) // batch), label) as progress:
         for _ in range(epochs):

@@ -39,7 +39,7 @@ def kl_divergence(model: nn.Module, reduction: str = "sum") -> Tensor | dict[str
         return {f"{name}.{pair.name}" if name else pair.name: value for name, layer, new in owned
                 for pair, value in zip(_pairs(layer, new), _elementwise(layer, new))}
     total = _total(model, owned, lambda layer, record: record is not None)
-    if reduction == "mean":
+    if reduction == "mean" and owned:
         rhos = [pair.rho for _, layer, new in owned for pair in _pairs(layer, new)]
         counts = [functional.alive(rho).to(total.device) for rho in rhos]
         total = total / sum(counts).clamp(min=1)

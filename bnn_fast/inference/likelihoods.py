@@ -44,7 +44,7 @@ class Gaussian(nn.Module):
     def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
         _check_tensors(outputs, targets)
         outputs = _checked(outputs, targets, targets.shape)
-        half = (-0.5 * self.log_scale).clamp(max=math.log(torch.finfo(outputs.dtype).max) - 1.0)
+        half = _half(self.log_scale).clamp(max=math.log(torch.finfo(outputs.dtype).max) - 1.0)
         return _rows(_gaussian_nll(targets - outputs, self.log_scale, half))
 
     def extra_repr(self) -> str:
@@ -65,7 +65,7 @@ class HeteroscedasticGaussian(nn.Module):
         mean, log_variance = outputs.chunk(2, dim=-1)
         error, log_scale = targets - mean, 0.5 * log_variance
         # where there is no error its factor does not matter, and must not be infinite
-        half = torch.where(error == 0.0, 0.0, -0.5 * log_scale)
+        half = torch.where(error == 0.0, 0.0, _half(log_scale))
         return _rows(_gaussian_nll(error, log_scale, half))
 
 
@@ -163,12 +163,18 @@ def _check_labels(targets: Tensor, classes: int) -> None:
         raise ValueError(f"targets: expected classes 0 to {classes - 1}, given {low} to {high}")
 
 
+def _half(log_scale: Tensor) -> Tensor:
+    """Half the logarithm of 1 / (sqrt(2) scale)."""
+    return torch.rsub(log_scale, -0.25 * math.log(2.0), alpha=0.5)
+
+
 def _gaussian_nll(error: Tensor, log_scale: Tensor, half: Tensor) -> Tensor:
-    """(error / scale)^2 / 2 + log scale + log(2 pi) / 2. half is -log_scale / 2: 1 / scale may overflow where
-    error / scale does not, and 0 times infinity is no number, so it is multiplied in two halves.
+    """(error / (sqrt(2) scale))^2 + log scale + log(2 pi) / 2. 1 / scale may overflow where error / scale does not, and
+    0 times infinity is no number: it is multiplied in two halves, e^half each.
     """
     root = half.exp()
-    return 0.5 * (error * root * root).square() + log_scale + 0.5 * math.log(2.0 * math.pi)
+    z = error * root * root
+    return torch.addcmul(log_scale + 0.5 * math.log(2.0 * math.pi), z, z)
 
 
 def _rows(nll: Tensor) -> Tensor:

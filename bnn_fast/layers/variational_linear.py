@@ -223,7 +223,7 @@ class VariationalLinear(VariationalLayer):
     def _set_prior(self, name: str, at: int, prior: Normal, mu: Tensor | None) -> None:
         numbers = self._register_prior(name, as_normal(name, prior, mu), mu)
         self._numbers = (*self._numbers[:at], *numbers, *self._numbers[at + 2:])
-        self._state.record = None  # its KL is that to the prior before
+        self.prior_tensors = any(t is not None for t in self.priors())
 
     def _prior(self, name: str, at: int) -> Normal:
         loc, scale = self._buffers[f"{name}_loc"], self._buffers[f"{name}_scale"]

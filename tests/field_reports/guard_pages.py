@@ -11,7 +11,8 @@ import torch
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 from guarded import guarded  # noqa: E402
-from kernels import KEY, plain_linear, posterior, random, raw_linear  # noqa: E402
+from judging import plain_linear  # noqa: E402
+from kernels import KEY, posterior, random, raw_linear  # noqa: E402
 
 from bnn_fast import Normal  # noqa: E402
 

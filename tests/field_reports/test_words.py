@@ -115,6 +115,12 @@ def test_a_prior_is_a_constant_and_a_layers_prior_can_be_set():
     layer.prior, layer.bias_prior = bf.Normal(torch.ones(2, 3), 2.0), distributions.Normal(torch.zeros(2), 1.0)
     assert {"prior_loc", "bias_prior_loc", "bias_prior_scale"} <= set(layer.state_dict())
     assert torch.equal(layer.prior.loc, torch.ones(2, 3)) and layer.prior.scale == 2.0
+    layer(torch.zeros(1, 3))
+    with torch.no_grad():
+        layer.prior_loc.mul_(3.0)  # nor is the KL of this pass the one to the prior as it is now
+    found, layer.prior = bf.kl_divergence(layer), bf.Normal(3 * torch.ones(2, 3), 2.0)
+    torch.testing.assert_close(found, bf.kl_divergence(layer))
+    layer.prior = bf.Normal(torch.ones(2, 3), 2.0)
     for bad, error in ((bf.Normal(torch.ones(3), 1.0), ValueError), (1.0, TypeError)):
         with pytest.raises(error, match="prior"):
             layer.prior = bad
