@@ -28,7 +28,8 @@ def tensor_prior(*shape):
 def test_parameters_and_attributes(bias):
     layer = bf.VariationalLinear(3, 5, bias, prior=bf.Normal(0.0, 2.0), scale="exp", kl="sampled")
     names = ["weight_mu", "weight_rho"] + ["bias_mu", "bias_rho"] * bias
-    assert [name for name, _ in layer.named_parameters()] == names == list(layer.state_dict())
+    assert [name for name, _ in layer.named_parameters()] == names
+    assert list(layer.state_dict()) == [*names, "meaning"]
     assert layer.weight_mu.shape == layer.weight_rho.shape == (5, 3)
     assert layer.bias_mu.shape == (5,) if bias else layer.bias_mu is None and layer.bias_rho is None
     assert (layer.in_features, layer.out_features, layer.scale, layer.kl) == (3, 5, "exp", "sampled")
@@ -112,7 +113,7 @@ def test_tensor_priors_are_persistent_buffers(twin):
     prior, bias_prior = tensor_prior(2, 3), bf.Normal(torch.randn(2), 0.7)
     layer = bf.VariationalLinear(3, 2, prior=prior, bias_prior=bias_prior)
     buffers = set(layer.state_dict()) - {name for name, _ in layer.named_parameters()}
-    assert buffers == {"prior_loc", "prior_scale", "bias_prior_loc"}
+    assert buffers == {"prior_loc", "prior_scale", "bias_prior_loc", "meaning"}
     other = bf.VariationalLinear(3, 2, prior=tensor_prior(2, 3), bias_prior=bf.Normal(torch.randn(2), 0.7))
     other.load_state_dict(layer.state_dict())
     torch.testing.assert_close(bf.kl_divergence(other), bf.kl_divergence(layer))

@@ -46,24 +46,24 @@ class Operator:
         self.inputs = inputs
         self.has_x = inputs[0] == "x"
         self.kl = kl  # which argument, of those behind x, is the KL's kind
-        self.transformable = _transformable(self, tensors)
+        self.traced, self.transformable = _transformable(self, tensors)
         if nodes is not None:
             self.node = nodes.Operator(forward.name(), backward.name(), inputs[self.has_x:], self.has_x, kl is not None)
 
     def apply(self, *arguments):
         """The operator as one function."""
-        if torch.compiler.is_compiling() and not _wants_gradient(arguments[:len(self.inputs)]):
-            # torch.compile does not trace a function of *arguments that needs no gradient
-            return self.forward(*arguments)
-        return self.transformable.apply(*arguments)
+        if not torch.compiler.is_compiling():
+            return self.transformable.apply(*arguments)
+        # torch.compile does not trace a function of *arguments that needs no gradient
+        return (self.traced.apply if _wants_gradient(arguments[:len(self.inputs)]) else self.forward)(*arguments)
 
 
 def _wants_gradient(inputs: tuple) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
 
 
-def _transformable(operator: Operator, tensors: int) -> type:
-    """The forward as a function with setup_context and vmap."""
+def _transformable(operator: Operator, tensors: int) -> tuple[type, type]:
+    """The forward as a function with setup_context and vmap: for torch.compile, and for all else."""
     n_inputs = len(operator.inputs)
     has_x = operator.has_x
     run_forward, run_backward = operator.forward, operator.backward
@@ -111,16 +111,17 @@ def _transformable(operator: Operator, tensors: int) -> type:
                     *(None,) * (len(arguments) - n_inputs))
 
         @staticmethod
-        def jvp(ctx, *tangents):
-            raise RuntimeError(_FORWARD)
-
-        @staticmethod
         def vmap(info, in_dims, *arguments):
             if has_x and in_dims[0] is not None and all(d is None for d in in_dims[1:]):
                 return _folded(Forward, info.batch_size, in_dims[0], arguments)
             return _one_by_one(Forward, info.batch_size, in_dims, arguments)
 
-    return Forward
+    class WithError(Forward):  # torch.compile traces no function that has a jvp
+        @staticmethod
+        def jvp(ctx, *tangents):
+            raise RuntimeError(_FORWARD)
+
+    return Forward, WithError
 
 
 def _one_by_one(function, batch_size: int, in_dims: tuple, arguments: tuple):
