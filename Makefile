@@ -52,7 +52,7 @@ gpu-check:
 
 # The environment stays: remove .venv by hand to start from nothing.
 clean:
-	rm -rf build dist figures *.egg-info bnn_fast/_C*.so $(VENV)/installed .pytest_cache .hypothesis
+	rm -rf build dist figures *.egg-info bnn_fast/*.so $(VENV)/installed .pytest_cache .hypothesis
 	find bnn_fast tests -name __pycache__ -prune -exec rm -rf {} +
 
 $(PY):

@@ -4,6 +4,17 @@ import pytest
 import torch
 
 
+def pytest_pycollect_makemodule(module_path, parent):
+    """test_field_reports.py stands for the modules of its folder."""
+    return Reports.from_parent(parent, path=module_path) if module_path.name == "test_field_reports.py" else None
+
+
+class Reports(pytest.File):
+    def collect(self):
+        modules = sorted(self.path.with_name("field_reports").glob("[!_]*.py"))
+        return [pytest.Module.from_parent(self, path=path) for path in modules]
+
+
 def pytest_collection_modifyitems(items):
     reason = None
     if not torch.cuda.is_available():

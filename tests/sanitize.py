@@ -18,10 +18,10 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "sanitize"
 SETS = ("generic", "avx2", "avx2x16", "avx512")
 FILES = ("tests/test_kernels_linear.py", "tests/test_kernels_sample.py", "tests/test_functional.py",
-         "tests/field_reports/test_memory.py")
+         "tests/field_reports/memory.py")
 # A test of each kind: under the sanitizers all of them would take several times as long as without.
 CHOSEN = ("(awkward and (127-3 or 5-257 or 0)) or (narrow_shapes and (20 or 17)) or beyond or strides or half_inputs or threads"
-          " or (options and sampled and float32) or agrees or test_memory")
+          " or (options and sampled and float32) or agrees or memory")
 SETTINGS = {"ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=1",  # the interpreter itself never frees all
             "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1", "BNN_FAST_NODES": "0",
             "PYTHONPATH": f"{BUILD / 'lib'}", "OMP_NUM_THREADS": "1"}

@@ -26,7 +26,7 @@ OTHERS = [(5, 69, 3, 1), (5, 69, 9, 2), (40, 69, 7, 1), (130, 3, 65, 1), (3, 5, 
 
 @pytest.mark.parametrize("cases", [NARROW, OTHERS], ids=["narrow", "others"])
 def test_no_kernel_touches_what_lies_beyond_its_tensors(cases):
-    program = pathlib.Path(__file__).with_name("guard_pages.py")
+    program = pathlib.Path(__file__).parents[1] / "guard_pages.py"
     done = subprocess.run([sys.executable, program, *(",".join(map(str, case)) for case in cases)], text=True,
                           capture_output=True)
     assert done.returncode == 0 and done.stdout.endswith("done\n"), (

@@ -4,15 +4,12 @@
 """
 from __future__ import annotations
 
-import pathlib
 import sys
 
 import torch
-
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
-from guarded import guarded  # noqa: E402
-from judging import plain_linear  # noqa: E402
-from kernels import KEY, posterior, random, raw_linear  # noqa: E402
+from guarded import guarded
+from judging import plain_linear
+from kernels import KEY, posterior, random, raw_linear
 
 from bnn_fast import Normal  # noqa: E402
 
