@@ -222,7 +222,7 @@ def test_digits_in_short(tmp_path, capsys, hasty):
     for column in (1, 2):
         unsure, doubting = (float(row(text, f"entropy, {kind}")[column]) for kind in ("digits", "scrambled"))
         assert doubting > 1.5 * unsure
-    assert pictures(text, tmp_path) == ["digits_unsure.png", "digits_reliability.png"]
+    assert pictures(text, tmp_path) == ["digits_unsure.png", "digits_reliability.png", "digits_draws.png"]
     assert all(part in bar for part in ("digits, Bayesian", "digits, twin", "nll=", "kl="))
     assert "seconds in all" in text
     check_step_times(text)
@@ -264,7 +264,7 @@ def test_mnist_in_short(small_mnist, tmp_path, capsys, hasty):
     assert images.train_x.max() == 1.0
     found = digits.run(epochs=8, out=str(tmp_path), data=str(small_mnist))
     assert found["bayesian"]["accuracy"] > 0.8
-    assert pictures(capsys.readouterr().out, tmp_path) == ["mnist_unsure.png", "mnist_reliability.png"]
+    assert pictures(capsys.readouterr().out, tmp_path) == ["mnist_unsure.png", "mnist_reliability.png", "mnist_draws.png"]
 
 
 def test_bad_mnist_files_are_named(small_mnist, capsys):
@@ -362,10 +362,16 @@ def test_digits_are_told_apart_and_scrambled_ones_doubted(tmp_path):
     assert found["bayesian"]["nll"] <= 1.1 * found["twin"]["nll"]
     assert found["bayesian"]["scrambled"] > found["twin"]["scrambled"]
     assert found["bayesian"]["scrambled"] > found["bayesian"]["entropy"]
+    error, nll, _ = found["convergence"]
+    assert error[100] == pytest.approx(error[1] / 10, rel=0.3) and error[1] < 0.05
+    assert abs(nll[100] - nll[digits.LIMIT]) < 0.001 < nll[1] - nll[digits.LIMIT]
 
 
 @pytest.mark.slow
 @pytest.mark.skipif("BNN_FAST_MNIST" not in os.environ, reason="BNN_FAST_MNIST names no folder of MNIST")
-def test_mnist_error(tmp_path):
-    found = digits.run(out=str(tmp_path), data=os.environ["BNN_FAST_MNIST"])
-    assert 1 - found["bayesian"]["accuracy"] <= 0.026
+def test_mnist_error_and_what_pruning_costs(tmp_path, monkeypatch):
+    monkeypatch.setattr(digits, "MNIST", digits.MNIST._replace(draws=100))
+    found = [digits.run(seed=seed, out=str(tmp_path), data=os.environ["BNN_FAST_MNIST"]) for seed in range(3)]
+    assert all(1 - each["bayesian"]["accuracy"] <= 0.026 for each in found)
+    rises = [each["pruned"][0.75] - each["pruned"][0.0] for each in found]
+    assert sum(rises) / 3 <= 0.004

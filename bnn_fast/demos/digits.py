@@ -17,10 +17,13 @@ import bnn_fast as bf
 from bnn_fast import metrics, plotting
 
 from . import digits_data
-from .common import Progress, elbo_parts, save, step_times, table
+from .common import Progress, elbo_parts, panels, save, step_times, table
 
 BINS = 10      # of the confidence, equally wide
 FRACTIONS = (0.0, 0.5, 0.75, 0.95, 0.98)    # of the weights removed
+NUMBERS = (1, 2, 5, 10, 20, 50, 100, 200)   # of draws, out of DRAWS, whose means are held against that of LIMIT others
+DRAWS, LIMIT = 1000, 4000
+ROWS = 500      # images, at most, for which that is done
 
 
 class Settings(NamedTuple):
@@ -97,6 +100,36 @@ def pruned_errors(model: nn.Module, x: Tensor, y: Tensor, draws: int, seed: int)
     return errors
 
 
+class Convergence(NamedTuple):
+    """What S draws give, against a great many."""
+    error: dict[int, float]     # S: root mean square of (mean probability of S draws) - (that of LIMIT others)
+    nll: dict[int, float]       # S: NLL of the mean of S draws, and of LIMIT
+    picture: str
+
+
+def convergence(model: nn.Module, x: Tensor, y: Tensor, seed: int, out: str, name: str) -> Convergence:
+    x, y = x[:ROWS], y[:ROWS]
+    probs = bf.predict(model, x, bf.Categorical(), DRAWS + LIMIT, seed).samples
+    limit = probs[DRAWS:].double().mean(0)
+    error, nll = {}, {}
+    for number in NUMBERS:
+        means = probs[:DRAWS].double().unflatten(0, (-1, number)).mean(1)    # of each `number` draws in turn
+        error[number] = (means - limit).square().mean().sqrt().item()
+        nll[number] = sum(metrics.nll(mean, y).item() for mean in means) / len(means)
+    nll[LIMIT] = metrics.nll(limit, y).item()
+    left, right = panels(2, 10.0, 4.0)
+    left.loglog(NUMBERS, list(error.values()), "o", color=plotting.BLUE, label="found")
+    left.loglog(NUMBERS, [error[1] / number ** 0.5 for number in NUMBERS], "--", color=plotting.DARK, linewidth=1,
+                label=r"one draw's over $\sqrt{S}$")
+    left.set(xlabel="draws S", ylabel="Monte Carlo error of a probability", title="The error falls with the root of S")
+    left.legend(frameon=False)
+    right.semilogx(NUMBERS, [nll[number] for number in NUMBERS], "o-", color=plotting.BLUE, linewidth=1)
+    right.axhline(nll[LIMIT], color=plotting.DARK, linestyle="--", linewidth=1, label=f"{LIMIT:,} draws")
+    right.set(xlabel="draws S", ylabel="NLL on held-out digits", title="A good score needs fewer")
+    right.legend(frameon=False)
+    return Convergence(error, nll, save(left, out, f"{name}_draws.png"))
+
+
 def run(epochs: int | None = None, seed: int = 0, device: str = "cpu", out: str = "figures",
         data: str | None = None) -> dict[str, dict[str, float]]:
     """Train both, predict, draw, print; returns the numbers of the table."""
@@ -129,8 +162,14 @@ def run(epochs: int | None = None, seed: int = 0, device: str = "cpu", out: str 
     errors = pruned_errors(bayesian, test_x, test_y, settings.draws, seed)
     print(table(f"{name}: error with weights removed, the lowest |mu| / sigma first, {settings.draws} draws", [
         ("removed", *(f"{fraction:.0%}" for fraction in errors)), ("error", *(f"{e:.2%}" for e in errors.values()))]))
+    converged = convergence(bayesian, test_x, test_y, seed, out, name)
+    print(table(f"{name}: what S draws give, against {LIMIT:,}", [
+        ("S", *map(str, converged.nll)),
+        ("Monte Carlo error of a probability", *(f"{e:.4f}" for e in converged.error.values()), ""),
+        ("NLL", *(f"{value:.4f}" for value in converged.nll.values()))]))
     rows = slice(0, settings.batch)
     print(table(f"{name}: a step with {settings.batch} images",
                 step_times(bayesian, bf.Categorical(), train_x[rows], train_y[rows], len(train_x))))
-    print("figures:", *pictures(probs, twin_probs, test_x, test_y, out, name), sep="\n  ")
-    return {"bayesian": a, "twin": b, "pruned": errors}
+    print("figures:", *pictures(probs, twin_probs, test_x, test_y, out, name),
+          converged.picture, sep="\n  ")
+    return {"bayesian": a, "twin": b, "pruned": errors, "convergence": converged}
