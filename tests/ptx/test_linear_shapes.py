@@ -65,7 +65,9 @@ def test_fused_priors(dtypes, cuda_ops):
     for i, (kl, prior) in enumerate(WITH_PRIORS):
         check_fused(ALIGNED[i % 2], 3, dtypes, cuda_ops, kl=kl, prior=prior)
         check_fused(UNALIGNED, 13, dtypes, cuda_ops, kl=kl, prior=prior)
-    check_fused(UNALIGNED, 3, dtypes, cuda_ops, kl="analytic", prior=True)
+    for shape, batch in ((UNALIGNED, 3), (ALIGNED[0], 13)):
+        check_fused(shape, batch, dtypes, cuda_ops, kl="analytic", prior=True)
+    check_fused(UNALIGNED, 3, dtypes, cuda_ops, kl="sampled", scale="exp")
 
 
 @pytest.mark.parametrize("dtypes", OWN_TYPES + MIXED_TYPES[:1], ids=str)

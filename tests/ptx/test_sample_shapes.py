@@ -16,7 +16,7 @@ from bnn_fast import Normal
 @pytest.mark.parametrize("scale", SCALES)
 def test_rows_of_whole_vectors(scale, dtype, cuda_ops):
     for i, tensors in enumerate((True, False, "loc", "scale")):
-        for kl in KLS if i < 2 else KLS[i - 1 :]:
+        for kl in KLS if i < 2 else KLS[1:]:
             check_sample(
                 6, 64, dtype=dtype, tensors=tensors, scale=scale, kl=kl, n_samples=1 + i, offsets=(2, 8), ops=cuda_ops
             )
