@@ -24,8 +24,9 @@ demos: build
 	$(PY) -m bnn_fast.demos variational_regression bayes_by_backprop bayesian_linear_regression \
 	  bayesian_neural_networks digits
 
+# In two processes, one of which runs the kernels' PTX.
 test: build
-	$(PY) -m pytest -rs
+	$(PY) -m pytest -rs -n 2 --dist loadgroup
 
 slow: build
 	$(PY) -m pytest -rs -m slow
