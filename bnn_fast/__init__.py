@@ -8,12 +8,13 @@ from .checks import check_parameters
 from .inference.divergence import kl_divergence
 from .inference.elbo import ELBO
 from .inference.likelihoods import Bernoulli, Categorical, Gaussian, HeteroscedasticGaussian
+from .inference.posteriors import posterior, set_prior
 from .inference.predict import predict
 from .inference.prediction import ClassPrediction, GaussianPrediction, Prediction
 from .inference.pruning import prune, signal_to_noise
 from .inference.sampling import draw, freeze, mc_forward, sampling, unfreeze
 from .inference.schedules import blundell_weights, linear_warmup
-from .layers import VariationalLinear
+from .layers import VariationalLayer, VariationalLinear
 from .operators import functional, reference
 from .operators.raw import plain
 from .priors import Normal, initialisation
@@ -24,8 +25,8 @@ for _module in (functional, initialisation, reference):
 
 __all__ = [
     "Bernoulli", "Categorical", "ClassPrediction", "ELBO", "Gaussian", "GaussianPrediction",
-    "HeteroscedasticGaussian", "Normal", "Prediction", "VariationalLinear", "__version__", "blundell_weights",
+    "HeteroscedasticGaussian", "Normal", "Prediction", "VariationalLayer", "VariationalLinear", "__version__", "blundell_weights",
     "build_info", "check_parameters", "draw", "freeze", "functional", "kl_divergence", "linear_warmup",
-    "mc_forward", "metrics", "plain", "plotting", "predict", "prune", "reference", "sampling",
+    "mc_forward", "metrics", "plain", "plotting", "posterior", "predict", "prune", "reference", "sampling", "set_prior",
     "signal_to_noise", "unfreeze",
 ]

@@ -96,6 +96,15 @@ def batch(name: str, value) -> None:
         raise TypeError(f"{name}: expected a tensor [B, ...], given {describe(value)}")
 
 
+def positive(name: str, value) -> float | None:
+    """value as a float, if it is a positive finite number; None is left."""
+    if value is not None and not is_number(value):
+        raise TypeError(f"{name}: expected a positive number or None, given {describe(value)}")
+    if value is not None and not 0.0 < value < float("inf"):
+        raise ValueError(f"{name}: expected a positive finite number, given {value}")
+    return None if value is None else float(value)
+
+
 def flags(**values) -> None:
     for name, value in values.items():
         if not isinstance(value, (bool, int, np.bool_)):

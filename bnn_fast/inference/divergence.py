@@ -93,7 +93,7 @@ def _layer_kl(layer: VariationalLayer, which: list[int] | None, record: Record |
     """The KL of these pairs of the layer: calls to be read, or tensors."""
     kl = None if record is None or which is not None else record.hand_over()
     if kl is not None:
-        return [kl]
+        return list(kl)
     if layer.kl == "analytic":
         return [_analytic(pair, layer.scale) for pair in _pairs(layer, which)]
     key, n_samples = _key(layer, record)

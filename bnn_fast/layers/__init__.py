@@ -1,6 +1,7 @@
 """The layers: modules around the operators, and what a layer remembers between calls. Imports operators, priors and
 checks; nothing here knows of inference.
 """
+from .base import VariationalLayer
 from .variational_linear import VariationalLinear
 
-__all__ = ["VariationalLinear"]
+__all__ = ["VariationalLayer", "VariationalLinear"]

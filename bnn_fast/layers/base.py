@@ -1,69 +1,125 @@
-"""What every variational layer does around its operator: choosing the key, and keeping the KL of the pass."""
+"""What every variational layer does around its weights: choosing the key, drawing, and keeping the KL of the pass."""
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from ..priors import Normal
-from .modes import ORDINARY, Mode, checkpoint, entered, stack, top_hooks
+from .. import checks
+from ..operators import autograd, functional, raw
 from . import checkpoint as checkpoint_of_layer
-from . import steps
+from .drawn import Drawn
+from .modes import ORDINARY, Mode, checkpoint, entered, stack, top_hooks
+from .posterior import Pair, Posterior
 from .state import Local, Record, Shared, State, fresh_key
 
-
 _graph_task = torch._C._current_graph_task_id
+_tracing = torch._C._get_tracing_state
 
 
-class Pair(NamedTuple):
-    """The posterior of one tensor of weights; `name` is that of the weights ("weight", "bias")."""
-    name: str
-    mu: Tensor
-    rho: Tensor
-    prior: Normal
-    stream: int
+class VariationalLayer(Posterior):
+    """Base of the layers whose weights are drawn at every call. A layer of your own names its posteriors and says what it does
+    with drawn weights:
 
+        class Scale(bnn_fast.VariationalLayer):
+            def __init__(self, features, **options):
+                super().__init__(**options)
+                self.add_posterior("weight", (features,))
 
-class VariationalLayer(nn.Module):
-    """Base of the layers whose weights are drawn at every call.
+            def compute(self, weights, x):
+                return x * weights["weight"]
 
-    A layer has `scale` and `kl` (what rho means, which KL), `tensors()`, `names` of theirs, and `pairs()`, `options()`,
-    `drawn(key)` (the ordinary module that it is under a key, or at the means), and a forward that asks `_mode` and
-    `_key` how to draw and lets `_remember` keep the KL.
+    All else works then: `sampling` and S samples, `freeze`, `mc_forward`, `predict`, `draw`, `kl_divergence`, `ELBO`, `prune`,
+    `signal_to_noise`, priors and `posterior`, checkpoints, torch.compile, `repr`.
+
+    Arguments and parameters: see `Posterior`. Each weight's noise is a function of the layer's key and its stream, the place of its
+    posterior in the order they were added in.
     """
 
-    names: tuple[str, ...]      # of the tensors
-    prior_tensors: bool         # whether there are any
-
-    def __init__(self):
-        super().__init__()
+    def __init__(self, **options):
+        super().__init__(**options)
         self._local = Local()
         self._shared = Shared()
-        self._pruned: dict[str, tuple[Tensor, Tensor]] = {}  # of each pair that has any: which weights, and their mu
         self.register_buffer("frozen_key", None, persistent=False)
         self.register_state_dict_pre_hook(_before_saving)
         self.register_state_dict_post_hook(checkpoint_of_layer.save)
         self.register_load_state_dict_pre_hook(checkpoint_of_layer.load)
         self.register_load_state_dict_post_hook(_after_loading)
 
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        """mu and rho of the weight, then of the bias or None."""
-        raise NotImplementedError
+    def compute(self, weights: dict[str, Tensor], *inputs, **keywords):
+        """What the layer gives for its inputs with these weights: by name, of the parameters' shapes and dtype; the means within
+        `sampling(mean=True)`. Left out posteriors are not among them.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not say what it computes: define compute(self, weights, ...)")
 
-    def pairs(self) -> list[Pair]:
-        raise NotImplementedError
+    def compute_samples(self, weights: dict[str, Tensor], n_samples: int, *inputs, **keywords):
+        """The same for n_samples > 1 draws in one call: the weights are [n_samples, *shape], dimension 0 of every tensor among the
+        inputs is the batch repeated, [n_samples * B, ...], sample-major, and so it is to be in the outputs. One `compute` for
+        each draw, unless a layer has a better way.
+        """
+        given, form = tree_flatten((inputs, keywords))
+        parts = [_parts(value, n_samples) for value in given]
+        results = []
+        for s in range(n_samples):
+            own_inputs, own_keywords = tree_unflatten([part[s] for part in parts], form)
+            results.append(self.compute({name: w[s] for name, w in weights.items()}, *own_inputs, **own_keywords))
+        outputs = [tree_flatten(result)[0] for result in results]
+        joined = [torch.cat(each) if isinstance(each[0], Tensor) else each[0] for each in zip(*outputs)]
+        return tree_unflatten(joined, tree_flatten(results[0])[1])
 
-    def priors(self) -> tuple[Tensor | None, ...]:
-        """The tensors that priors are made of, None for those of numbers."""
-        raise NotImplementedError
-
-    def options(self) -> tuple:
-        """What the KL depends on beside the tensors."""
-        raise NotImplementedError
+    def forward(self, *inputs, **keywords):
+        compiling = torch.compiler.is_compiling()
+        functorch = not compiling and torch._C._are_functorch_transforms_active()
+        if not self._fans:
+            raise NotImplementedError(f"{type(self).__name__} has no posterior: call add_posterior in its __init__")
+        mode, recomputed = self._mode(compiling)
+        pairs = self.pairs()
+        if mode.mean:
+            return self.compute({pair.name: pair.mu for pair in pairs}, *inputs, **keywords)
+        key = self._key(mode, self.device)
+        with_kl = torch.is_grad_enabled() and not recomputed and not functorch
+        weights, kls = {}, []
+        for pair in pairs:
+            w, kl = self._draw(pair, key, mode.n_samples, with_kl, compiling or functorch)
+            weights[pair.name] = w if mode.n_samples > 1 else w[0]
+            kls.append(kl)
+        if mode.n_samples == 1:
+            y = self.compute(weights, *inputs, **keywords)
+        else:
+            y = self.compute_samples(weights, mode.n_samples, *inputs, **keywords)
+        if not recomputed and not functorch:
+            self._remember(self._registered(), key, mode.n_samples, None if None in kls else tuple(kls), compiling)
+        return y
 
     def drawn(self, key: Tensor | None) -> nn.Module:
-        raise NotImplementedError
+        """The ordinary module that the layer is under `key`, or with its means (None)."""
+        return Drawn(self, self.weights(key))
+
+    @torch.no_grad()
+    def weights(self, key: Tensor | None) -> dict[str, Tensor]:
+        """The weights that the key stands for, or the means (None), by name."""
+        return {pair.name: pair.mu.detach().clone() if key is None else functional.sample_normal(
+            pair.mu, pair.rho, key, scale=self.scale, kl=None, stream=pair.stream)[0] for pair in self.pairs()}
+
+    def _draw(self, pair: Pair, key: Tensor, n_samples: int, with_kl: bool, transformed: bool):
+        """(weights [n_samples, ...], their KL as `Record` keeps it)."""
+        if not raw.compiled_for(pair.mu.device):
+            return functional.sample_normal(pair.mu, pair.rho, key, scale=self.scale, kl=None, n_samples=n_samples,
+                                            stream=pair.stream)[0], None
+        arguments = (pair.mu, pair.rho, key, *functional.prior_arguments(pair.prior), checks.SCALES[self.scale],
+                     checks.KLS[self.kl] if with_kl else 0, n_samples, pair.stream, 0, 0)
+        return self._run(autograd.SAMPLE, (), arguments, transformed)
+
+    def _run(self, operator, x: tuple, arguments: tuple, transformed: bool):
+        """(result, KL as `Record` keeps it) of an operator on (x or nothing, *arguments)."""
+        if transformed:
+            return operator.apply(*x, *arguments)
+        if not torch.is_grad_enabled():
+            return operator.forward(*x, *arguments)
+        if _tracing() is not None:
+            raise RuntimeError("torch.jit.trace would lose the gradients of drawn weights: trace under "
+                               "torch.no_grad(), or trace bnn_fast.draw(model, seed), an ordinary module")
+        return autograd.draw(operator, x[0] if x else None, arguments)
 
     def sources(self, name: str) -> tuple:
         """The registered parameters that the tensor of this name is, or by torch.nn.utils.parametrize is made of, and then
@@ -77,36 +133,13 @@ class VariationalLayer(nn.Module):
             return (*made.parameters(), *made)
         return (getattr(self, name),)
 
-    @torch.no_grad()
-    def find_pruned(self) -> None:
-        """Look which weights have rho = -inf; they stay pruned from now on."""
-        self._pruned = {}
-        for pair in self.pairs():
-            if not pair.rho.is_meta and (mask := pair.rho == -torch.inf).any():
-                self._pruned[pair.name] = mask, pair.mu.detach().clone()
-        if self._pruned:
-            steps.pruned.add(self)
-
-    @torch.no_grad()
-    def keep_pruned(self) -> None:
-        """Set pruned weights to what they are: weight decay and averages make NaN of -inf, momentum moves mu."""
-        for name, (mask, kept) in self._pruned.items():
-            mu, rho = getattr(self, f"{name}_mu"), getattr(self, f"{name}_rho")
-            if mask.device != mu.device:
-                mask, kept = self._pruned[name] = mask.to(mu.device), kept.to(mu.device)
-            # through .data: these very values are what every graph has seen, so no version is raised
-            mu.data.copy_(torch.where(mask, kept.to(mu.dtype), mu.data))
-            rho.data.masked_fill_(mask, -torch.inf)
-        if self._pruned:
-            steps.pruned.add(self)  # a copy is not there yet
-
     @property
     def _state(self) -> State:
         return self._local.state
 
     @property
     def device(self) -> torch.device:
-        return self.tensors()[0].device
+        return next(tensor.device for tensor in self.tensors() if tensor is not None)
 
     def identities(self) -> list[tuple[int, ...]]:
         """For each pair what tells it from those of other layers, as long as the layers live."""
@@ -150,6 +183,8 @@ class VariationalLayer(nn.Module):
 
     def _remember(self, tensors: tuple, key: Tensor, n_samples: int, kl, compiling: bool) -> None:
         """Keep the key and, with gradients on, the KL (see Record) of a call with these `_registered` tensors."""
+        if "parametrizations" in self._modules:
+            kl = None  # two backward passes would walk the parametrization twice
         state = self._state
         state.key = key
         if torch.is_grad_enabled():
@@ -172,6 +207,16 @@ class VariationalLayer(nn.Module):
         elif parameters is None:
             parameters = self.tensors()
         return parameters + self.priors() if self.prior_tensors else parameters
+
+
+def _parts(value, n_samples: int):
+    """n_samples equal parts of a tensor along dimension 0; anything else, that many times."""
+    if not isinstance(value, Tensor) or value.dim() == 0:
+        return [value] * n_samples
+    if value.shape[0] % n_samples:
+        raise ValueError(f"inputs: expected dimension 0 to be the batch repeated n_samples={n_samples} times, "
+                         f"given {checks.describe(value)}; see mc_forward")
+    return value.chunk(n_samples) if value.shape[0] else [value] * n_samples
 
 
 def _before_saving(layer: VariationalLayer, prefix: str, keep_vars: bool) -> None:

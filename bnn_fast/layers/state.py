@@ -50,8 +50,8 @@ class Record:
     """The KL of a call, or what it takes to have it again, and all that it was made of.
 
     tensors: the registered parameters and the prior's buffers; options: whatever else the KL depends on. `versions` is
-    None if torch.compile made the record: they cannot be compared within a region. `kl` is what there is of the KL: a
-    Call, a tensor (torch.compile), or None (also when it was handed over).
+    None if torch.compile made the record: they cannot be compared within a region. `kl` is what there is of the KL: a tuple
+    of Calls, or of tensors (torch.compile), whose sum it is, or None (also when it was handed over).
     """
     __slots__ = ("tensors", "options", "versions", "pointers", "generation", "key", "n_samples", "kl")
 
@@ -84,9 +84,9 @@ class Record:
         if kl is None or not torch.is_grad_enabled():
             return None
         if torch.compiler.is_compiling():
-            if not kl.requires_grad and any(t is not None and t.requires_grad for t in self.tensors):
+            if not any(part.requires_grad for part in kl) and any(t is not None and t.requires_grad for t in self.tensors):
                 return None
-        elif isinstance(kl, Tensor) or self.generation is not steps.current:
+        elif isinstance(kl[0], Tensor) or self.generation is not steps.current:
             return None
         self.kl = None  # nor must a later region take it for its own
         return kl

@@ -17,7 +17,7 @@ from .scales import convert_rho, softplus_inverse
 
 
 def _default(pair, fan_in):
-    pair.mu.normal_(0.0, math.sqrt(2.0 / fan_in)) if pair.name == "weight" else pair.mu.zero_()
+    pair.mu.zero_() if "bias" in pair.name else pair.mu.normal_(0.0, math.sqrt(2.0 / fan_in))
     return -5.0
 
 
@@ -27,7 +27,7 @@ def _blundell(pair, fan_in):
 
 
 def _tutorial(pair, fan_in):
-    if pair.name == "bias":
+    if "bias" in pair.name:
         pair.mu.zero_()
         return 0.0
     pair.mu.normal_(0.0, 0.001)
@@ -50,10 +50,14 @@ INITIALISATIONS = {"default": _default, "blundell": _blundell, "tutorial": _tuto
 
 
 @torch.no_grad()
-def initialise(name: str, pairs, fan_in: int, scale: str) -> None:
-    """Fill mu and rho of a layer's `pairs` in place, under what `scale` makes of rho."""
+def initialise(name: str, pairs, scale: str, sigma: float | None = None) -> None:
+    """Fill mu and rho of a layer's `pairs` in place, under what `scale` makes of rho; with `sigma` as the standard deviation of
+    all of them in place of the named initialisation's.
+    """
     for pair in pairs:
-        rho = INITIALISATIONS[name](pair, max(fan_in, 1))
+        rho = INITIALISATIONS[name](pair, max(pair.fan_in, 1))
+        if sigma is not None:
+            rho = softplus_inverse(sigma)
         if isinstance(rho, float):
             rho = torch.tensor(rho, dtype=torch.float64, device="cpu")
             pair.rho.fill_(convert_rho(rho, scale).item())
