@@ -26,7 +26,7 @@ demos: build
 
 # In two processes, one of which runs the kernels' PTX.
 test: build
-	$(PY) -m pytest -rs -n 2 --dist loadgroup
+	$(PY) -m pytest -rs -n 2
 
 slow: build
 	$(PY) -m pytest -rs -m slow

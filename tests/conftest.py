@@ -9,6 +9,18 @@ def pytest_pycollect_makemodule(module_path, parent):
     return Reports.from_parent(parent, path=module_path) if module_path.name == "test_field_reports.py" else None
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """One process for all of ptx/, whose test_coverage.py looks at what that process ran; the rest test by test."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "ptx" if nodeid.startswith("tests/ptx/") else nodeid
+
+    return Scheduling(config, log)
+
+
 class Reports(pytest.File):
     def collect(self):
         modules = sorted(self.path.with_name("field_reports").glob("[!_]*.py"))

@@ -33,7 +33,7 @@ def kl_divergence(model: nn.Module, reduction: str = "sum") -> Tensor | dict[str
     """
     checks.choice("reduction", reduction, checks.REDUCTIONS)
     checks.module("model", model)
-    owned = _owned(model)
+    owned = _owned(named_layers(model))
     checks.any_layers(model, owned, "the KL is 0")
     if reduction == "none":
         return {f"{name}.{pair.name}" if name else pair.name: value for name, layer, new in owned
@@ -46,12 +46,12 @@ def kl_divergence(model: nn.Module, reduction: str = "sum") -> Tensor | dict[str
     return total
 
 
-def kl_of_pass(model: nn.Module) -> Tensor:
-    """The KL of the pass just made within the context of pinned keys that is around: it takes over what that pass computed,
-    and nothing that an earlier one left.
+def kl_of_pass(model: nn.Module, layers: list) -> Tensor:
+    """The KL of the pass that the model's `layers` just made within the context of pinned keys that is around: it takes over what
+    that pass computed, and nothing that an earlier one left.
     """
     compiling = torch.compiler.is_compiling()  # a record that holds is then the region's own
-    return _total(model, _owned(model), lambda layer, record: record is not None
+    return _total(model, _owned(layers), lambda layer, record: record is not None
                   and (compiling or record.key is layer.mode().key))
 
 
@@ -72,10 +72,10 @@ def _total(model: nn.Module, owned: list, holds) -> Tensor:
     return total
 
 
-def _owned(model: nn.Module) -> list[tuple[str, VariationalLayer, list[int] | None]]:
+def _owned(layers: list[tuple[str, VariationalLayer]]) -> list[tuple[str, VariationalLayer, list[int] | None]]:
     """(name, layer, which of its pairs no layer before it has; None for all)."""
     seen, owned = set(), []
-    for name, layer in named_layers(model):
+    for name, layer in layers:
         pairs = layer.identities()
         new = [i for i, pair in enumerate(pairs) if pair not in seen]
         seen.update(pairs)

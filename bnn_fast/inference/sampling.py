@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from .. import checks
 from ..layers.base import VariationalLayer, named_layers
 from ..layers.modes import Mode, enter, innermost, leave
-from ..layers.state import fresh_key
+from ..layers.state import fresh_key, fresh_keys
 from .seeds import first_with_parameters, layer_seeds
 
 __all__ = ["sampling", "mc_forward", "draw", "freeze", "unfreeze"]
@@ -56,7 +56,7 @@ class sampling:
         self._entries: list = []
 
     def __enter__(self):
-        layers = named_layers(self.model)
+        self.layers = layers = named_layers(self.model)
         self._entries.append(enter([layer for _, layer in layers], self._modes(layers)))
         return self
 
@@ -71,20 +71,25 @@ class sampling:
         """How each of the layers is to draw."""
         if self.seed is None and not self.pinned:
             return [Mode(self.n_samples, self.first_sample, None, self.mean)] * len(layers)
-        seeds = None if self.seed is None else layer_seeds([name for name, _ in layers], self.seed)
-        modes = []
-        for i, ((_, layer), first) in enumerate(zip(layers, first_with_parameters(layers))):
-            modes.append(modes[first] if first != i else Mode(
-                self.n_samples, self.first_sample, self._key(layer, seeds and seeds[i])))
-        return modes
+        owners = first_with_parameters(layers)
+        own = {first: layers[first][1].device for first in owners}
+        keys = self._fresh(own) if self.seed is None else self._of_seed(own, [name for name, _ in layers])
+        return [Mode(self.n_samples, self.first_sample, keys[first]) for first in owners]
 
-    def _key(self, layer: VariationalLayer, seed: int | None) -> Tensor:
-        if seed is None:
-            return fresh_key(layer.device, self.first_sample)
-        # not torch.tensor([...], device=...), which waits for the device
-        key = torch.full((2,), self.first_sample, dtype=torch.int64, device=layer.device)
-        key[:1].fill_(seed)
-        return key
+    def _fresh(self, devices: dict[int, torch.device]) -> dict[int, Tensor]:
+        keys = {}
+        for device in dict.fromkeys(devices.values()):  # all keys of a device at once: launches are what a small network costs
+            there = [i for i in devices if devices[i] == device]
+            keys.update(zip(there, fresh_keys(len(there), device, self.first_sample)))
+        return keys
+
+    def _of_seed(self, devices: dict[int, torch.device], names: list[str]) -> dict[int, Tensor]:
+        seeds, keys = layer_seeds(names, self.seed), {}
+        for i, device in devices.items():
+            # not torch.tensor([...], device=...), which waits for the device
+            keys[i] = torch.full((2,), self.first_sample, dtype=torch.int64, device=device)
+            keys[i][:1].fill_(seeds[i])
+        return keys
 
 
 def checked_seed(seed) -> int | None:

@@ -13,7 +13,7 @@ class Drawn(nn.Module):
 
     def __init__(self, layer: nn.Module, weights: dict[str, Tensor]):
         super().__init__()
-        own = set(layer.names) | {f"{name}_{kind}" for name in layer._prior_names for kind in ("loc", "scale")} | {"frozen_key"}
+        own = {*layer.names, *layer._prior_buffers, "frozen_key"}
         for name, weight in weights.items():
             self.register_parameter(name, nn.Parameter(weight))
         for kind in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):

@@ -51,6 +51,7 @@ class Posterior(nn.Module):
         self._fans: dict[str, int] = {}     # fan-in of each posterior, by name, in their order
         self.names: tuple[str, ...] = ()    # of mu and rho of each
         self._prior_names: tuple[str, ...] = ()
+        self._prior_buffers: tuple[str, ...] = ()   # loc and scale of each prior
         self._numbers: tuple[float, ...] = ()   # loc and scale of each prior where they are numbers
         self.prior_tensors = False              # whether any are tensors
         self._pruned: dict[str, tuple[Tensor, Tensor]] = {}  # of each pair that has any: which weights, and their mu
@@ -72,7 +73,9 @@ class Posterior(nn.Module):
             self.register_parameter(f"{name}_{kind}", None if shape is None else nn.Parameter(torch.empty(shape, **self._given[0])))
         self._fans[name] = (math.prod(shape[1:]) if shape else 1) if fan_in is None else fan_in
         self.names += (f"{name}_mu", f"{name}_rho")
-        self._prior_names += ("prior" if name == "weight" else f"{name}_prior",)
+        prior_name = "prior" if name == "weight" else f"{name}_prior"
+        self._prior_names += (prior_name,)
+        self._prior_buffers += (f"{prior_name}_loc", f"{prior_name}_scale")
         self._numbers += (0.0, 1.0)
         self._put_prior(name, self._first_prior(name))
         if shape is not None:
@@ -99,7 +102,7 @@ class Posterior(nn.Module):
     def priors(self) -> tuple[Tensor | None, ...]:
         """loc and scale of each prior, None for those of numbers."""
         buffers = self._buffers
-        return tuple(buffers[f"{name}_{kind}"] for name in self._prior_names for kind in ("loc", "scale"))
+        return tuple([buffers[name] for name in self._prior_buffers])
 
     def options(self) -> tuple:
         """What the KL depends on beside the tensors."""
@@ -206,9 +209,12 @@ class Posterior(nn.Module):
     def _first_prior(self, name: str) -> Normal:
         """That which the constructor's arguments give it."""
         _, prior, bias_prior = self._given
-        if "bias" in name:
-            mu = self._parameters[f"{name}_mu"]
-            _, prior = functional.priors_of(prior, bias_prior, mu, mu)
+        if "bias" in name and bias_prior is not None:
+            return self.fitting_prior(name, bias_prior)
+        if "bias" in name and as_normal("prior", prior, None).has_tensors:  # it is the weights' alone
+            if self._parameters[f"{name}_mu"] is not None:
+                raise ValueError("bias_prior: expected a prior for the bias, as the weight's holds tensors, given None")
+            prior = Normal(0.0, 1.0)
         return self.fitting_prior(name, prior)
 
     def fitting_prior(self, name: str, prior: Normal) -> Normal:
@@ -235,9 +241,9 @@ class Posterior(nn.Module):
         self.prior_tensors = any(t is not None for t in self.priors())
 
     def _prior(self, at: int) -> Normal:
-        name, (number, scale_number) = self._prior_names[at], self._numbers[2 * at:2 * at + 2]
-        loc, scale = self._buffers[f"{name}_loc"], self._buffers[f"{name}_scale"]
-        return Normal.unchecked(number if loc is None else loc, scale_number if scale is None else scale)
+        loc, scale = (number if tensor is None else tensor for number, tensor in zip(
+            self._numbers[2 * at:2 * at + 2], (self._buffers[name] for name in self._prior_buffers[2 * at:2 * at + 2])))
+        return Normal.unchecked(loc, scale)
 
     def _scale_of(self, pair: Pair) -> Tensor:
         """The posterior's standard deviation where a prior's has to be positive."""

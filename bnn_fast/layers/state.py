@@ -6,9 +6,11 @@ import threading
 import torch
 from torch import Tensor
 
+from ..operators import autograd
 from . import steps
 from .modes import ORDINARY
 
+_modes = torch._C._len_torch_dispatch_stack   # of fake tensors and the like, which are to see every operator
 _LOWEST, _HIGHEST = -2 ** 63, 2 ** 63 - 1
 
 
@@ -105,6 +107,15 @@ def pointers(tensors: tuple) -> list:
 
 def fresh_key(device: torch.device, first_sample: int) -> Tensor:
     """A key from the device's default generator, made without a look at the device's memory."""
+    if autograd.nodes is not None and device.type == "cpu" and not autograd.transformed() and not _modes():
+        return autograd.nodes.fresh_key(first_sample)
     key = torch.randint(_LOWEST, _HIGHEST, (2,), device=device)
     key.select(0, 1).fill_(first_sample)
     return key
+
+
+def fresh_keys(count: int, device: torch.device, first_sample: int) -> tuple[Tensor, ...]:
+    """The keys that so many calls of `fresh_key` would give on a CPU, for two launches in all."""
+    keys = torch.randint(_LOWEST, _HIGHEST, (count, 2), device=device)
+    keys.select(1, 1).fill_(first_sample)
+    return keys.unbind()

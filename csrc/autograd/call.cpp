@@ -89,6 +89,17 @@ struct KlNode : Node {
   }
 };
 
+// A tensor of its own, as the calls' must not get the node. More than two of a GPU's take two launches, whatever their number.
+at::Tensor sum_of(const std::vector<c10::intrusive_ptr<Call>>& calls) {
+  std::vector<at::Tensor> all;
+  for (const auto& call : calls) all.push_back(call->kl.to(calls[0]->kl.device()));
+  if (all.size() == 1) return all[0].clone();
+  if (all.size() > 2 && all[0].is_cuda()) return at::stack(all).sum();
+  at::Tensor total = all[0];
+  for (size_t i = 1; i < all.size(); ++i) total = total + all[i];
+  return total;
+}
+
 // 0 for what has none.
 int64_t version(const IValue& argument) {
   if (!argument.isTensor()) return 0;
@@ -205,8 +216,7 @@ at::Tensor read(const std::vector<c10::intrusive_ptr<Call>>& calls) {
   variable_list inputs;
   {
     at::AutoDispatchBelowADInplaceOrView guard;
-    total = calls.size() == 1 ? calls[0]->kl.clone() : calls[0]->kl;  // the call's own must not get the node
-    for (size_t i = 1; i < calls.size(); ++i) total = total + calls[i]->kl.to(total.device());
+    total = sum_of(calls);
   }
   for (const auto& call : calls)
     for (at::Tensor& p : call->parameters()) inputs.push_back(std::move(p));

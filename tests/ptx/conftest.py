@@ -17,7 +17,6 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if HERE in item.path.parents and not item.get_closest_marker("cuda"):
             item.add_marker("ptx")
-            item.add_marker(pytest.mark.xdist_group("ptx"))  # one process, as test_coverage.py sees what it ran
     items.sort(key=lambda item: item.path == HERE / "test_coverage.py")  # after what it tells of
     here = {item.path.name for item in items if HERE in item.path.parents}
     whole = here >= {path.name for path in HERE.glob("test_*.py")}
