@@ -151,6 +151,26 @@ def test_a_step_never_waits_for_the_device(features, batch):
 
 
 @pytest.mark.cuda
+def test_launches_of_a_training_step():
+    """At most two a layer each way beside loss and optimizer: tests/test_launches.py counts the same without a GPU."""
+    def kernels(layer) -> int:
+        sizes = (1, 20, 20, 20, 20, 1)
+        layers = [part for pair in zip(sizes, sizes[1:]) for part in (layer(*pair, device="cuda"), torch.nn.ReLU())]
+        elbo = bf.ELBO(torch.nn.Sequential(*layers[:-1]), bf.Gaussian(1.0).cuda(), 100)
+        x, y = torch.randn(8, 1, device="cuda"), torch.randn(8, 1, device="cuda")
+        elbo(x, y).backward()
+        for parameter in elbo.parameters():
+            parameter.grad = None
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            elbo(x, y).backward()
+            torch.cuda.synchronize()
+        return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
+
+    beside = kernels(torch.nn.Linear) - 5 - 9 - 5  # addmm, mm and the biases' sums
+    assert kernels(bf.VariationalLinear) - beside <= 2 * 2 * 5
+
+
+@pytest.mark.cuda
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_kernels_run_on_the_tensors_device():
     layer = bf.VariationalLinear(256, 256, device="cuda:1")

@@ -1,0 +1,88 @@
+"""What a training step launches on a GPU: counted as the operators that a CPU runs, each of which would be a kernel there; in
+tests/test_cuda.py by a GPU's own profiler.
+"""
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+
+import pytest
+import torch
+from common import needs_nodes
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import bnn_fast as bf
+
+SIZES = (1, 20, 20, 20, 20, 1)
+LAYERS = len(SIZES) - 1
+OF_A_SMALL_LAYER = {"forward": 1, "backward": 2}    # README, On CUDA
+VIEWS = {"detach", "select", "unbind", "view", "expand", "unsqueeze", "t", "to"}
+
+
+class Log(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = Counter()
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        name = function._schema.name.split("::")[1]
+        if name not in VIEWS:
+            self.names[name] += 1
+        return function(*arguments, **(keywords or {}))
+
+
+def step(layer) -> tuple[Counter, Counter]:
+    """Operators of the forward and of the backward."""
+    layers = []
+    for sizes in zip(SIZES, SIZES[1:]):
+        layers += [layer(*sizes), nn.ReLU()]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        elbo = bf.ELBO(nn.Sequential(*layers[:-1]), bf.Gaussian(1.0), 100)
+    x, y = torch.randn(8, 1), torch.randn(8, 1)
+    elbo(x, y).backward()
+    for parameter in elbo.parameters():
+        parameter.grad = None
+    with Log() as forward:
+        loss = elbo(x, y)
+    with Log() as backward:
+        loss.backward()
+    return forward.names, backward.names
+
+
+@needs_nodes
+def test_at_most_two_a_layer_each_way():
+    """Beside what the deterministic network launches, whose layers are an operator forward and two or more backward."""
+    (forward, backward), (plain_forward, plain_backward) = step(bf.VariationalLinear), step(nn.Linear)
+    assert forward.pop("_variational_linear") == LAYERS and backward.pop("_variational_linear_backward") == LAYERS
+    assert plain_forward.pop("addmm") == LAYERS
+    for name in ("mm", "sum", "zeros"):
+        plain_forward.pop(name, None), plain_backward.pop(name, None)
+    keys_and_kls = forward - plain_forward
+    keys_and_kls.pop("sum", None)  # the likelihood's
+    assert (keys_and_kls.pop("randint"), keys_and_kls.pop("fill_")) == (1, 1)
+    assert keys_and_kls == Counter(add=LAYERS - 1)  # on a GPU a stack and a sum, see csrc/autograd/call.cpp
+    beside = 2 + min(LAYERS - 1, 2)
+    assert LAYERS * OF_A_SMALL_LAYER["forward"] + beside <= 2 * LAYERS
+    assert backward - plain_backward == Counter(mul=1)  # the KL's weight, of the loss
+    assert LAYERS * OF_A_SMALL_LAYER["backward"] <= 2 * LAYERS
+
+
+def test_pinned_draws_take_two_for_all_keys():
+    model = nn.Sequential(*(bf.VariationalLinear(3, 3) for _ in range(7)))
+    with Log() as log, bf.sampling(model, pinned=True):
+        pass
+    assert log.names == Counter(randint=1, fill_=1)
+
+
+@pytest.mark.parametrize("layers", [1, 2, 9])
+def test_the_keys_of_a_model_are_those_of_its_layers_one_by_one(layers):
+    model, x = nn.Sequential(*(bf.VariationalLinear(3, 3) for _ in range(layers))), torch.randn(2, 3)
+    torch.manual_seed(4)
+    one_by_one = model(x)
+    torch.manual_seed(4)
+    with bf.sampling(model, pinned=True):
+        assert torch.equal(model(x), one_by_one)
+    torch.manual_seed(4)
+    assert torch.equal(bf.mc_forward(model, x, 1)[0], one_by_one)
