@@ -152,7 +152,7 @@ def test_a_step_never_waits_for_the_device(features, batch):
 
 @pytest.mark.cuda
 def test_launches_of_a_training_step():
-    """At most two a layer each way beside loss and optimizer: tests/test_launches.py counts the same without a GPU."""
+    """At most two a layer each way beside loss and optimizer: tests/inference/test_launches.py counts the same without a GPU."""
     def kernels(layer) -> int:
         sizes = (1, 20, 20, 20, 20, 1)
         layers = [part for pair in zip(sizes, sizes[1:]) for part in (layer(*pair, device="cuda"), torch.nn.ReLU())]

@@ -11,9 +11,9 @@ import numpy as np
 from . import floats, integers
 from .comparisons import COMPARING
 from .conversions import conversion
+from .divisions import directed, divide, mode_of, reciprocal
 from .module import SIZES
 
-ROUNDINGS = ("rn", "rz", "rm", "rp")
 F16, F32, F64, U16, U32, U64 = np.float16, np.float32, np.float64, np.uint16, np.uint32, np.uint64
 
 
@@ -43,10 +43,6 @@ def _wrapped(function, result, operands, ftz, sat):
         return floats.saturate(value) if sat else value
 
     return wrapped
-
-
-def _mode(opcode):
-    return next((part for part in opcode if part in ROUNDINGS), "rn")
 
 
 def _packed(function):
@@ -93,7 +89,7 @@ def _sum(opcode, kind, sign):
         return None
     if kind in _SMALL:
         return _small(kind, lambda a, b: floats.odd_sum(a, sign * b), 2)
-    plain, mode = (np.add if sign > 0 else np.subtract), _mode(opcode)
+    plain, mode = (np.add if sign > 0 else np.subtract), mode_of(opcode)
     if mode != "rn" and kind == "f32":
         return (
             kind,
@@ -113,9 +109,9 @@ def _sum(opcode, kind, sign):
 def _mul(opcode, kind):
     if kind in _SMALL:
         return _small(kind, np.multiply, 2)
-    if kind == "f32" and (mode := _mode(opcode)) != "rn":
+    if kind == "f32" and (mode := mode_of(opcode)) != "rn":
         return kind, [kind] * 2, lambda a, b: floats.round_to(np.multiply(a, b, dtype=F64), F32, mode)
-    if kind == "f64" and (mode := _mode(opcode)) != "rn":
+    if kind == "f64" and (mode := mode_of(opcode)) != "rn":
         return kind, [kind] * 2, lambda a, b: floats.mul64(a, b, mode)
     if "hi" in opcode:
         return kind, [kind] * 2, integers.mul_high
@@ -141,7 +137,7 @@ def _mad(opcode, kind):
 
 
 def _fma(opcode, kind):
-    mode = _mode(opcode)
+    mode = mode_of(opcode)
     if kind in _SMALL:
         relu = (lambda x: np.where(x > 0, x, 0)) if "relu" in opcode else (lambda x: x)
         return _small(kind, lambda a, b, c: relu(floats.odd_sum(a * b, c)), 3)
@@ -152,42 +148,6 @@ def _fma(opcode, kind):
             floats.fma32 if mode == "rn" else lambda a, b, c: floats.fma32_mode(a, b, c, mode),
         )
     return (kind, [kind] * 3, floats.fma64) if mode == "rn" else None
-
-
-def _div(opcode, kind):
-    if kind[0] != "f":
-        return kind, [kind] * 2, integers.divide
-    if "approx" in opcode:
-        return (
-            kind,
-            [kind] * 2,
-            lambda a, b: np.where(
-                np.abs(b) > F32(2.0**126),
-                np.where(np.isfinite(b) & np.isfinite(a), np.copysign(F32(0), a) * np.sign(b), a / b),
-                a / b,
-            ),
-        )
-    return _directed(opcode, kind, np.divide, 2)
-
-
-def _directed(opcode, kind, function, count):
-    """A float32 result in any rounding: its float64 value lies on the same side of every float32 number as
-    the exact one.
-    """
-    mode = _mode(opcode)
-    if mode == "rn":
-        return kind, [kind] * count, function
-    if kind == "f64":
-        return None
-    return (
-        kind,
-        [kind] * count,
-        lambda *values: floats.round_to(function(*(v.astype(F64) for v in values)), F32, mode),
-    )
-
-
-def _reciprocal(opcode, kind):
-    return _directed(opcode, kind, lambda a: a.dtype.type(1) / a, 1)
 
 
 def _approximate(function):
@@ -269,10 +229,10 @@ _TABLE = {
     "mul": _mul,
     "mad": _mad,
     "fma": _fma,
-    "div": _div,
-    "rcp": _reciprocal,
+    "div": divide,
+    "rcp": reciprocal,
     "rem": lambda opcode, kind: (kind, [kind] * 2, integers.remainder),
-    "sqrt": lambda opcode, kind: _directed(opcode, kind, np.sqrt, 1),
+    "sqrt": lambda opcode, kind: directed(opcode, kind, np.sqrt, 1),
     "rsqrt": _approximate(lambda a: 1 / np.sqrt(a)),
     "ex2": _approximate(np.exp2),
     "lg2": _approximate(np.log2),

@@ -47,10 +47,9 @@ def test_it_can_be_left_out_or_missing():
 
 
 @needs_nodes
-@pytest.mark.parametrize("file", ["test_compile", "test_functional", "test_elbo", "test_sampling"])
+@pytest.mark.parametrize("file", ["inference/test_compile", "operators/test_functional", "inference/test_elbo", "inference/test_sampling"])
 def test_without_it_these_tests_pass(file):
-
-    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", f"{os.path.dirname(__file__)}/{file}.py"], text=True,
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", f"{os.path.dirname(__file__)}/../{file}.py"], text=True,
                           capture_output=True, env={**os.environ, "BNN_FAST_NODES": "0"})
     assert done.returncode == 0, done.stdout
 

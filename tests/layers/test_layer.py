@@ -4,7 +4,6 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-import platform
 import subprocess
 import sys
 
@@ -14,8 +13,6 @@ from common import gradients, needs_extension, network, twin  # noqa: F401
 from torch import nn
 
 import bnn_fast as bf
-from bnn_fast.priors.initialisation import INITIALISATIONS
-from bnn_fast.priors.scales import convert_rho
 
 NAMESPACE = {**vars(bf), "torch": torch}
 
@@ -266,80 +263,6 @@ def test_reparametrized_parameters(twin):
     assert layer.parametrizations.weight_mu.original.grad is not None
 
 
-def statistics(name, scale):
-    layer = bf.VariationalLinear(200, 400, init=name, scale=scale, prior=bf.Normal(0.0, 0.3),
-                                 dtype=torch.float64)
-    return layer, layer.weight_mu.detach(), layer.weight_sigma.detach()
-
-
-@pytest.mark.parametrize("scale", ["softplus", "exp", "sqrt_exp"])
-def test_named_initialisations(scale):
-    softplus = lambda rho: torch.nn.functional.softplus(torch.tensor(rho, dtype=torch.float64))  # noqa: E731
-    expected = {  # std of mu, sigma of the weight, sigma of the bias, whether the bias' mean is 0
-        "default": ((2 / 200) ** 0.5, softplus(-5.0), softplus(-5.0), True),
-        "blundell": (0.1, softplus(-3.0), softplus(-3.0), False),
-        "tutorial": (0.001, softplus(-2.5), softplus(0.0), True),
-        "zeros": (0.0, torch.tensor(1.0).double(), torch.tensor(1.0).double(), True),
-        "adv_bnn": ((1 / 200) ** 0.5 / 3 ** 0.5, torch.tensor(0.3).double(), torch.tensor(0.3).double(),
-                    False),
-    }
-    assert set(expected) == set(INITIALISATIONS)
-    for name, (std, sigma, bias_sigma, zero_bias) in expected.items():
-        layer, mu, found = statistics(name, scale)
-        assert abs(mu.std() - std) <= 0.02 * std, name
-        assert abs(mu.mean()) <= 0.02 * std, name
-        torch.testing.assert_close(layer.bias_sigma.detach(), bias_sigma.expand(400))
-        assert (layer.bias_mu == 0).all() == zero_bias, name
-        if name == "tutorial":
-            rho = found.expm1().log()
-            assert abs(rho.mean() + 2.5) < 1e-4 and abs(rho.std() - 0.001) < 1e-4
-        else:
-            torch.testing.assert_close(found, sigma.expand(400, 200))
-        if name == "adv_bnn":
-            assert mu.abs().max() <= (1 / 200) ** 0.5
-    assert (statistics("zeros", "exp")[0].weight_rho == 0).all()
-
-
-def test_conversion_keeps_sigma():
-    rho = torch.linspace(-700, 300, 2001, dtype=torch.float64)
-    log_sigma = torch.where(rho < -30, rho, torch.nn.functional.softplus(rho.clamp(min=-30)).log())
-    torch.testing.assert_close(convert_rho(rho, "exp"), log_sigma)
-    torch.testing.assert_close(convert_rho(rho, "sqrt_exp"), 2 * log_sigma)
-    assert convert_rho(rho, "softplus") is rho
-
-
-def test_adv_bnn_takes_sigma_from_tensor_priors():
-    prior, bias_prior = tensor_prior(2, 3), tensor_prior(2)
-    layer = bf.VariationalLinear(3, 2, prior=prior, bias_prior=bias_prior, init="adv_bnn", scale="sqrt_exp")
-    torch.testing.assert_close(layer.weight_sigma, prior.scale)
-    torch.testing.assert_close(layer.bias_sigma, bias_prior.scale)
-
-
-def test_reset_parameters_draws_again():
-    layer = bf.VariationalLinear(30, 20, init="blundell")
-    before = layer.weight_mu.clone()
-    version = layer.weight_mu._version
-    layer.reset_parameters()
-    assert not torch.equal(before, layer.weight_mu) and layer.weight_mu._version > version
-
-
-def test_gradients_are_accumulated_without_a_copy():
-    if not bf.build_info()["extension"]:
-        pytest.skip("bnn_fast was installed without its extension")
-    layer = bf.VariationalLinear(64, 64)
-    y, kl = layer(torch.randn(8, 64)), bf.kl_divergence(layer)
-    gradients = [torch.randn(8, 64), torch.ones(())]
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        torch.autograd.backward([y, kl], gradients)
-    calls = {event.key: event.count for event in profile.key_averages()}
-    passes = {name: n for name, n in calls.items() if name.startswith("bnn_fast::")}
-    if bf.build_info()["nodes"]:
-        assert passes == {"bnn_fast::_variational_linear_backward": 1}, "one pass serves y and the KL"
-        assert not {"aten::clone", "aten::copy_", "aten::add", "aten::add_"} & set(calls)
-    else:
-        assert passes == {"bnn_fast::_variational_linear_backward": 1, "bnn_fast::_kl_normal_backward": 2}
-
-
 def test_runs_without_the_extension_and_says_so_once():
     code = """
 import sys, warnings
@@ -355,27 +278,3 @@ assert len(messages) == 1 and "pip install --no-build-isolation ." in messages[0
 assert layer.weight_mu.grad is not None and not bf.build_info()["extension"]
 """
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-FAULTS = """
-import resource, torch, bnn_fast as bf
-layer, x = bf.VariationalLinear(1024, 1024), torch.randn(32, 1024)
-
-def steps(n):
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(n):
-        layer.zero_grad(set_to_none=True)
-        (layer(x).sum() + bf.kl_divergence(layer)).backward()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-steps(3)
-print(steps(40))
-"""
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="is about glibc's malloc")
-@needs_extension
-def test_a_step_takes_the_memory_that_the_step_before_gave_back():
-    """2,048 pages of gradients, which the system would clear anew in most steps."""
-    done = subprocess.run([sys.executable, "-c", FAULTS], text=True, capture_output=True, check=True)
-    assert int(done.stdout) < 40 * 2048 / 4
