@@ -32,8 +32,8 @@ class VariationalLayer(Posterior):
     All else works then: `sampling` and S samples, `freeze`, `mc_forward`, `predict`, `draw`, `kl_divergence`, `ELBO`, `prune`,
     `signal_to_noise`, priors and `posterior`, checkpoints, torch.compile, `repr`.
 
-    Arguments and parameters: see `Posterior`. Each weight's noise is a function of the layer's key and its stream, the place of its
-    posterior in the order they were added in.
+    Arguments and parameters: see `Posterior`. A weight's noise is a function of the layer's key and its stream: 0 and 1 for the
+    first and the second posterior of a layer that has no more, 16, 17, ... in the order they were added in where it has.
     """
 
     def __init__(self, **options):

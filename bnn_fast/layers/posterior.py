@@ -16,6 +16,9 @@ from . import steps
 _KLS = {name: code for name, code in checks.KLS.items() if name is not None}
 
 
+_MANY = 16  # stream of the first of more than two posteriors; 0 and 1 are those of a weight and a bias
+
+
 class Pair(NamedTuple):
     """The posterior of one tensor of weights; `name` is that of the weights ("weight", "bias")."""
     name: str
@@ -61,7 +64,7 @@ class Posterior(nn.Module):
 
         Args:
             name: of the weights, as `compute` gets them. With "bias" in it they have the prior of biases and begin as
-                biases do. The noise of the n-th posterior of a layer is stream n.
+                biases do.
             shape: None for one that is left out, as the bias of a layer without: its parameters are None.
             fan_in: inputs of one output, by which `init` scales; the product of shape[1:], or 1, by default.
 
@@ -95,8 +98,8 @@ class Posterior(nn.Module):
         """Every posterior that there is."""
         if self._pruned and not torch.compiler.is_compiling():
             self.keep_pruned()
-        tensors = self.tensors()
-        return [Pair(name, tensors[2 * i], tensors[2 * i + 1], self._prior(i), i, fan_in)
+        tensors, first = self.tensors(), 0 if len(self._fans) <= 2 else _MANY
+        return [Pair(name, tensors[2 * i], tensors[2 * i + 1], self._prior(i), first + i, fan_in)
                 for i, (name, fan_in) in enumerate(self._fans.items()) if tensors[2 * i] is not None]
 
     def priors(self) -> tuple[Tensor | None, ...]:

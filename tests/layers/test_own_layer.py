@@ -33,7 +33,7 @@ def test_its_draws_are_those_of_the_operator(twin):
         y = layer(x)
         key = layer.mode().key
     weights = {pair.name: bf.functional.sample_normal(pair.mu, pair.rho, key, kl=None, stream=stream)[0]
-               for stream, pair in enumerate(layer.pairs())}
+               for stream, pair in enumerate(layer.pairs(), start=16)}
     assert torch.equal(y, weights["amplitude"] * torch.sin(x @ weights["frequency"].T) + weights["bias"])
     assert not torch.equal(layer(x), layer(x))
     with bf.sampling(layer, mean=True):
