@@ -193,7 +193,8 @@ def test_sections_of_a_run(run):
     one, eight = (found[f"64 x 64, batch 2, {samples} draws"] for samples in (1, 8))
     assert eight["plain PyTorch"]["extra"] > 4 * one["plain PyTorch"]["extra"] > 0
     found = threads.measure(run, [(3, 4, 5)])
-    assert list(found)[0] == "3 x 4, batch 5, 1 threads" and len(found) == len(threads.counts())
+    assert list(found)[0] == "3 x 4, batch 5, 1 threads" and len(found) == len(threads.counts()) + 2
+    assert list(found)[-1] == f"784 x 400, batch 128, {threads.counts()[-1]} busy neighbours"
     assert scaling.floor(1000, 1000, 1, 1e9, 1e12) == pytest.approx(0.024)
     assert scaling.floor(1000, 1000, 8192, 1e9, 1e12) == pytest.approx(0.049152)
 
