@@ -2,6 +2,16 @@
 checks; nothing here knows of inference.
 """
 from .base import VariationalLayer
+from .bilinear import VariationalBilinear
+from .convolution import (
+    VariationalConv1d, VariationalConv2d, VariationalConv3d, VariationalConvTranspose1d, VariationalConvTranspose2d,
+    VariationalConvTranspose3d)
+from .normalisation import (
+    VariationalBatchNorm1d, VariationalBatchNorm2d, VariationalBatchNorm3d, VariationalGroupNorm, VariationalLayerNorm)
+from .variational import Variational
 from .variational_linear import VariationalLinear
 
-__all__ = ["VariationalLayer", "VariationalLinear"]
+__all__ = [
+    "Variational", "VariationalBatchNorm1d", "VariationalBatchNorm2d", "VariationalBatchNorm3d", "VariationalBilinear",
+    "VariationalConv1d", "VariationalConv2d", "VariationalConv3d", "VariationalConvTranspose1d", "VariationalConvTranspose2d",
+    "VariationalConvTranspose3d", "VariationalGroupNorm", "VariationalLayer", "VariationalLayerNorm", "VariationalLinear"]
