@@ -1,6 +1,7 @@
 """The variational counterpart of nn.Bilinear."""
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -49,4 +50,7 @@ class VariationalBilinear(Counterpart):
             raise TypeError(f"input2: expected {input1.dtype} as input1 has, given {checks.describe(input2)}")
 
     def compute(self, weights: dict[str, Tensor], input1: Tensor, input2: Tensor) -> Tensor:
+        if functional.autocasting(input1):  # the widest dtype, on every device: the CPU's autocast leaves the operator as it is
+            widest = torch.promote_types(torch.promote_types(input1.dtype, input2.dtype), weights["weight"].dtype)
+            input1, input2, weights = input1.to(widest), input2.to(widest), {name: w.to(widest) for name, w in weights.items()}
         return F.bilinear(input1, input2, *in_dtype(weights, input1))

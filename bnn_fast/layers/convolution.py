@@ -35,7 +35,7 @@ class _Convolution(Counterpart):
         space, channels = self.dimensions, self.in_channels
         if not isinstance(input, Tensor) or input.dim() not in (space + 1, space + 2) or input.shape[-space - 1] != channels:
             error = ValueError if isinstance(input, Tensor) else TypeError
-            places = ", ".join("LHW"[-space:] if space > 1 else "L") if space < 3 else "D, H, W"
+            places = ("L", "H, W", "D, H, W")[space - 1]
             raise error(f"input: expected a tensor [B, {channels}, {places}] or [{channels}, {places}] (in_channels={channels}), "
                         f"given {checks.describe(input)}")
         self._check("input", input)
@@ -61,6 +61,8 @@ class _Conv(_Convolution):
                  init_sigma: float | None = None, device=None, dtype=None):
         if isinstance(padding, str):
             checks.choice("padding", padding, {"same": 0, "valid": 1})
+            if padding == "same" and any(step != 1 for step in (stride if isinstance(stride, (tuple, list)) else [stride])):
+                raise ValueError(f"stride: expected 1 beside padding='same', given {stride}")
         checks.choice("padding_mode", padding_mode, {"zeros": 0, "reflect": 1, "replicate": 2, "circular": 3})
         super().__init__(dict(in_channels=in_channels, out_channels=out_channels, kernel_size=kernel_size, stride=stride,
                               padding=padding, dilation=dilation, groups=groups, bias=bias, padding_mode=padding_mode),

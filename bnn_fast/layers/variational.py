@@ -99,6 +99,9 @@ class Variational(VariationalLayer):
     def _is_bias(self, name: str) -> bool:
         return "bias" in self._places[name][0].rpartition(".")[2]
 
+    def extra_repr(self) -> str:
+        return super().extra_repr().replace(f", init={self.init!r}", "")
+
     def __repr__(self) -> str:
         module = self._with({pair.name: pair.mu.detach().to("meta") for pair in self.pairs()})
         return f"{self._get_name()}(\n  {self.extra_repr()}\n{textwrap.indent(f'(module): {module!r}', '  ')}\n)"
@@ -132,7 +135,7 @@ def _parameters(module: nn.Module) -> dict[nn.Parameter, list[str]]:
             found.setdefault(parameter, []).append(name)
     if not found:
         raise ValueError(f"module: expected one with floating-point parameters, given {checks.describe(type(module))}")
-    devices = {parameter.device for parameter in found}
+    devices = dict.fromkeys(parameter.device for parameter in found)
     if len(devices) > 1:
         raise ValueError(f"module: expected its parameters on one device, given {', '.join(map(str, devices))}")
     return found
