@@ -15,9 +15,11 @@ from .inference.pruning import prune, signal_to_noise
 from .inference.sampling import draw, freeze, mc_forward, sampling, unfreeze
 from .inference.schedules import blundell_weights, linear_warmup
 from .layers import (
-    Variational, VariationalBatchNorm1d, VariationalBatchNorm2d, VariationalBatchNorm3d, VariationalBilinear, VariationalConv1d,
-    VariationalConv2d, VariationalConv3d, VariationalConvTranspose1d, VariationalConvTranspose2d, VariationalConvTranspose3d,
-    VariationalGroupNorm, VariationalLayer, VariationalLayerNorm, VariationalLinear)
+    Variational, VariationalBatchNorm1d, VariationalBatchNorm2d, VariationalBatchNorm3d, VariationalBilinear,
+    VariationalConv1d, VariationalConv2d, VariationalConv3d, VariationalConvTranspose1d,
+    VariationalConvTranspose2d, VariationalConvTranspose3d, VariationalGRU, VariationalGRUCell,
+    VariationalGroupNorm, VariationalLSTM, VariationalLSTMCell, VariationalLayer, VariationalLayerNorm,
+    VariationalLinear, VariationalMultiheadAttention, VariationalRNN, VariationalRNNCell)
 from .operators import functional, reference
 from .operators.raw import plain
 from .priors import Normal, initialisation
@@ -31,8 +33,10 @@ __all__ = [
     "HeteroscedasticGaussian", "Normal", "Prediction", "Variational", "VariationalBatchNorm1d",
     "VariationalBatchNorm2d", "VariationalBatchNorm3d", "VariationalBilinear", "VariationalConv1d",
     "VariationalConv2d", "VariationalConv3d", "VariationalConvTranspose1d", "VariationalConvTranspose2d",
-    "VariationalConvTranspose3d", "VariationalGroupNorm", "VariationalLayer", "VariationalLayerNorm",
-    "VariationalLinear", "__version__", "blundell_weights", "build_info", "check_parameters", "draw", "freeze",
-    "functional", "kl_divergence", "linear_warmup", "mc_forward", "metrics", "plain", "plotting", "posterior",
-    "predict", "prune", "reference", "sampling", "set_prior", "signal_to_noise", "unfreeze",
+    "VariationalConvTranspose3d", "VariationalGRU", "VariationalGRUCell", "VariationalGroupNorm",
+    "VariationalLSTM", "VariationalLSTMCell", "VariationalLayer", "VariationalLayerNorm", "VariationalLinear",
+    "VariationalMultiheadAttention", "VariationalRNN", "VariationalRNNCell", "__version__",
+    "blundell_weights", "build_info", "check_parameters", "draw", "freeze", "functional", "kl_divergence",
+    "linear_warmup", "mc_forward", "metrics", "plain", "plotting", "posterior", "predict", "prune",
+    "reference", "sampling", "set_prior", "signal_to_noise", "unfreeze",
 ]

@@ -160,7 +160,7 @@ class VariationalLayer(Posterior):
         names = [name for name in self.names if self._parameters.get(name, name) is not None]
         return [tuple(map(id, (*self.sources(mu), *self.sources(rho)))) for mu, rho in zip(names[::2], names[1::2])]
 
-    def mode(self) -> Mode:
+    def drawing_mode(self) -> Mode:
         """How to draw now."""
         return self._state.mode if torch.compiler.is_compiling() else entered(self) or ORDINARY
 

@@ -20,20 +20,29 @@ class Counterpart(VariationalLayer):
     """
     ordinary: type[nn.Module]
     begins: dict[str, float] = {}   # what means begin with, by name: see add_posterior
+    no_settings: tuple[str, ...] = ()   # attributes of the module that are none
 
     def __init__(self, arguments: dict, **options):
         super().__init__(**options)
         self._arguments = arguments
         module = self._ordinary()
-        self._settings = tuple(name for name in vars(module) if name not in vars(nn.Module()))
+        self._settings = tuple(name for name in vars(module) if name not in vars(nn.Module()) and name not in self.no_settings)
         for name in self._settings:
             setattr(self, name, getattr(module, name))
         fan_in = self._fan_in(module)
-        for name, parameter in module._parameters.items():
+        for name, parameter in self._named(module).items():
             self.add_posterior(name, None if parameter is None else tuple(parameter.shape), fan_in, self.begins.get(name))
 
     def _ordinary(self) -> nn.Module:
         return self.ordinary(**self._arguments, device="meta")
+
+    def _named(self, module: nn.Module) -> dict[str, nn.Parameter | None]:
+        """The module's parameters by the names of their posteriors."""
+        return module._parameters
+
+    def _put(self, module: nn.Module, weights: dict[str, nn.Parameter]) -> None:
+        for name, w in weights.items():
+            setattr(module, name, w)
 
     def _fan_in(self, module: nn.Module) -> int:
         """Inputs of one output."""
@@ -41,8 +50,7 @@ class Counterpart(VariationalLayer):
 
     def drawn(self, key: Tensor | None) -> nn.Module:
         module = self._like_this()
-        for name, w in self.weights(key).items():
-            setattr(module, name, nn.Parameter(w))
+        self._put(module, {name: nn.Parameter(w) for name, w in self.weights(key).items()})
         for name in module._buffers:
             buffer = self._buffers[name]
             module._buffers[name] = None if buffer is None else buffer.detach().clone()
@@ -62,7 +70,7 @@ class Counterpart(VariationalLayer):
             checks.like_parameters(name, x, mu, functional.autocasting(x))
 
     def extra_repr(self) -> str:
-        return f"{self._like_this().extra_repr()}, {super().extra_repr()}"
+        return ", ".join(filter(None, (self._like_this().extra_repr(), super().extra_repr())))
 
 
 def in_dtype(weights: dict[str, Tensor], x: Tensor) -> tuple[Tensor | None, Tensor | None]:

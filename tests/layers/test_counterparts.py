@@ -29,7 +29,7 @@ def repeated(inputs, n_samples: int) -> list:
 def test_a_draw_is_torchs_module(case):
     layer, inputs = layer_of(case), case.inputs()
     with bf.sampling(layer, seed=3):
-        module = case.module(layer, layer.weights(layer.mode().key))
+        module = case.module(layer, layer.weights(layer.drawing_mode().key))
         drawn = bf.draw(layer, seed=3)
         expected, state = module(*inputs), module.state_dict()
         y = layer(*inputs)
@@ -105,7 +105,7 @@ def test_kl_and_gradients_against_autograd(case, kl):
     inputs = [x.requires_grad_() for x in case.inputs(dtype=torch.float64)]
     module = case.module(layer, {pair.name: pair.mu for pair in layer.pairs()})
     with bf.sampling(layer, seed=5):
-        drawn = layer.weights(layer.mode().key)
+        drawn = layer.weights(layer.drawing_mode().key)
         y = layer(*inputs)
         divergence = bf.kl_divergence(layer)
     weight = torch.linspace(0.5, 1.5, y.numel(), dtype=torch.float64).view_as(y)
