@@ -14,7 +14,12 @@ from .inference.prediction import ClassPrediction, GaussianPrediction, Predictio
 from .inference.pruning import prune, signal_to_noise
 from .inference.sampling import draw, freeze, mc_forward, sampling, unfreeze
 from .inference.schedules import blundell_weights, linear_warmup
-from .layers import VariationalLayer, VariationalLinear
+from .layers import (
+    Variational, VariationalBatchNorm1d, VariationalBatchNorm2d, VariationalBatchNorm3d, VariationalBilinear,
+    VariationalConv1d, VariationalConv2d, VariationalConv3d, VariationalConvTranspose1d,
+    VariationalConvTranspose2d, VariationalConvTranspose3d, VariationalGRU, VariationalGRUCell,
+    VariationalGroupNorm, VariationalLSTM, VariationalLSTMCell, VariationalLayer, VariationalLayerNorm,
+    VariationalLinear, VariationalMultiheadAttention, VariationalRNN, VariationalRNNCell)
 from .operators import functional, reference
 from .operators.raw import plain
 from .priors import Normal, initialisation
@@ -25,8 +30,13 @@ for _module in (functional, initialisation, reference):
 
 __all__ = [
     "Bernoulli", "Categorical", "ClassPrediction", "ELBO", "Gaussian", "GaussianPrediction",
-    "HeteroscedasticGaussian", "Normal", "Prediction", "VariationalLayer", "VariationalLinear", "__version__", "blundell_weights",
-    "build_info", "check_parameters", "draw", "freeze", "functional", "kl_divergence", "linear_warmup",
-    "mc_forward", "metrics", "plain", "plotting", "posterior", "predict", "prune", "reference", "sampling", "set_prior",
-    "signal_to_noise", "unfreeze",
+    "HeteroscedasticGaussian", "Normal", "Prediction", "Variational", "VariationalBatchNorm1d",
+    "VariationalBatchNorm2d", "VariationalBatchNorm3d", "VariationalBilinear", "VariationalConv1d",
+    "VariationalConv2d", "VariationalConv3d", "VariationalConvTranspose1d", "VariationalConvTranspose2d",
+    "VariationalConvTranspose3d", "VariationalGRU", "VariationalGRUCell", "VariationalGroupNorm",
+    "VariationalLSTM", "VariationalLSTMCell", "VariationalLayer", "VariationalLayerNorm", "VariationalLinear",
+    "VariationalMultiheadAttention", "VariationalRNN", "VariationalRNNCell", "__version__",
+    "blundell_weights", "build_info", "check_parameters", "draw", "freeze", "functional", "kl_divergence",
+    "linear_warmup", "mc_forward", "metrics", "plain", "plotting", "posterior", "predict", "prune",
+    "reference", "sampling", "set_prior", "signal_to_noise", "unfreeze",
 ]

@@ -19,6 +19,7 @@ KLS = {None: 0, "analytic": 1, "sampled": 2}
 REDUCTIONS = {"sum": 0, "mean": 1, "none": 2}
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _HALVES = (torch.bfloat16, torch.float16)
+AUTOCAST = (torch.float32, *_HALVES)
 
 
 _warned = weakref.WeakSet()     # models without variational layers
@@ -86,9 +87,34 @@ def positive_int(name: str, value) -> int:
     return integer(name, value, 1)
 
 
+def sizes(name: str, value, count: int, lowest: int):
+    """value as an int, or `count` of them, none below `lowest`."""
+    if not isinstance(value, (tuple, list)):
+        return integer(name, value, lowest, f" or {count} of them")
+    if len(value) != count:
+        raise ValueError(f"{name}: expected an integer or {count} of them, given {describe(value)}")
+    return tuple(integer(name, item, lowest) for item in value)
+
+
 def is_number(value) -> bool:
     """Whether value is a real number; numpy's are, True and tensors are not."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def number(name: str, value, otherwise: str = ""):
+    """value, if it is a real number."""
+    if not is_number(value):
+        raise TypeError(f"{name}: expected a number{otherwise}, given {describe(value)}")
+    return value
+
+
+def last_dimensions(name: str, x, expected: tuple[int, ...], argument: str) -> None:
+    """x is a tensor whose last dimensions are these, which the argument of this name says."""
+    words = f"a tensor [..., {', '.join(map(str, expected))}] ({argument})"
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected {words}, given {describe(x)}")
+    if x.shape[max(0, x.dim() - len(expected)):] != expected:
+        raise ValueError(f"{name}: expected {words}, given {describe(x)}")
 
 
 def batch(name: str, value) -> None:
@@ -142,13 +168,29 @@ def linear_input(x: Tensor, weight_mu: Tensor, n_samples: int) -> None:
             if len(shape) == 1:
                 given += "; a single row is x.unsqueeze(0)"
         raise ValueError(f"x: expected a last dimension of {weight_mu.shape[1]} (in_features), given {given}")
-    if x.dtype != weight_mu.dtype and not (x.dtype in _HALVES and weight_mu.dtype == torch.float32):
-        raise TypeError(f"x: expected {weight_mu.dtype} as the parameters have, given {describe(x)}")
-    if x.device != weight_mu.device:
-        raise ValueError(f"x: expected to be on {weight_mu.device} as the parameters are, "
-                         f"given {describe(x)}")
+    like_parameters("x", x, weight_mu)
     if n_samples != 1 and (len(shape) < 2 or shape[0] % n_samples):
         raise ValueError(f"x: expected dimension 0 to be the batch repeated n_samples={n_samples} times, "
+                         f"given {describe(x)}; see mc_forward")
+
+
+def like_parameters(name: str, x: Tensor, mu: Tensor, autocasting: bool = False) -> None:
+    """x with the parameters' dtype, or in 16 bits beside float32, or both of what autocast makes alike; and on their device."""
+    if x.dtype != mu.dtype and not (x.dtype in _HALVES and mu.dtype == torch.float32) and not (
+            autocasting and x.dtype in AUTOCAST and mu.dtype in AUTOCAST):
+        raise TypeError(f"{name}: expected {mu.dtype} as the parameters have, given {describe(x)}")
+    if x.device != mu.device:
+        raise ValueError(f"{name}: expected to be on {mu.device} as the parameters are, given {describe(x)}")
+
+
+def repeated(name: str, x, n_samples: int, unbatched: int = 0) -> None:
+    """If x is a tensor of more than `unbatched` dimensions, its dimension 0 holds n_samples equal parts; ValueError for
+    `unbatched` or fewer, unless that is 0, which stands for numbers.
+    """
+    if not isinstance(x, Tensor) or x.dim() == unbatched == 0:
+        return
+    if x.dim() <= unbatched or x.shape[0] % n_samples:
+        raise ValueError(f"{name}: expected dimension 0 to be the batch repeated n_samples={n_samples} times, "
                          f"given {describe(x)}; see mc_forward")
 
 

@@ -52,7 +52,7 @@ def kl_of_pass(model: nn.Module, layers: list) -> Tensor:
     """
     compiling = torch.compiler.is_compiling()  # a record that holds is then the region's own
     return _total(model, _owned(layers), lambda layer, record: record is not None
-                  and (compiling or record.key is layer.mode().key))
+                  and (compiling or record.key is layer.drawing_mode().key))
 
 
 def _total(model: nn.Module, owned: list, holds) -> Tensor:
@@ -103,7 +103,7 @@ def _layer_kl(layer: VariationalLayer, which: list[int] | None, record: Record |
 def _key(layer: VariationalLayer, record: Record | None) -> tuple[Tensor, int]:
     if record is not None:
         return record.key, record.n_samples
-    mode = layer.mode()
+    mode = layer.drawing_mode()
     return layer._key(mode, layer.device), mode.n_samples
 
 

@@ -189,7 +189,7 @@ def _chunk(model: nn.Module, x: Tensor, batch_size: int | None, vectorized: bool
         together = min(rows, _ROWS_OF_SEVERAL_DRAWS)
     else:
         rows = together = checks.positive_int("batch_size", batch_size)
-    weights = max((layer.tensors()[0].numel() for _, layer in named_layers(model)), default=0)
+    weights = max((pair.mu.numel() for _, layer in named_layers(model) for pair in layer.pairs()), default=0)
     draws = min(together // max(1, min(rows, len(x))), _WEIGHTS // max(1, weights))
     return rows, max(1, draws)
 

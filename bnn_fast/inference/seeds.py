@@ -28,4 +28,4 @@ layer_seeds._dynamo_marked_constant = True
 def first_with_parameters(layers: list) -> list[int]:
     """For each of named_layers the index of the first one with the same parameters."""
     first = {}
-    return [first.setdefault(layer.identities()[0], i) for i, (_, layer) in enumerate(layers)]
+    return [first.setdefault(next(iter(layer.identities()), id(layer)), i) for i, (_, layer) in enumerate(layers)]

@@ -1,7 +1,23 @@
 """The layers: modules around the operators, and what a layer remembers between calls. Imports operators, priors and
 checks; nothing here knows of inference.
 """
+from .attention import VariationalMultiheadAttention
 from .base import VariationalLayer
+from .bilinear import VariationalBilinear
+from .convolution import (
+    VariationalConv1d, VariationalConv2d, VariationalConv3d, VariationalConvTranspose1d, VariationalConvTranspose2d,
+    VariationalConvTranspose3d)
+from .normalisation import (
+    VariationalBatchNorm1d, VariationalBatchNorm2d, VariationalBatchNorm3d, VariationalGroupNorm, VariationalLayerNorm)
+from .recurrent import (
+    VariationalGRU, VariationalGRUCell, VariationalLSTM, VariationalLSTMCell, VariationalRNN, VariationalRNNCell)
+from .variational import Variational
 from .variational_linear import VariationalLinear
 
-__all__ = ["VariationalLayer", "VariationalLinear"]
+__all__ = [
+    "Variational", "VariationalBatchNorm1d", "VariationalBatchNorm2d", "VariationalBatchNorm3d",
+    "VariationalBilinear", "VariationalConv1d", "VariationalConv2d", "VariationalConv3d",
+    "VariationalConvTranspose1d", "VariationalConvTranspose2d", "VariationalConvTranspose3d", "VariationalGRU",
+    "VariationalGRUCell", "VariationalGroupNorm", "VariationalLSTM", "VariationalLSTMCell", "VariationalLayer",
+    "VariationalLayerNorm", "VariationalLinear", "VariationalMultiheadAttention", "VariationalRNN",
+    "VariationalRNNCell"]

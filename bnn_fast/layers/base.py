@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from .. import checks
 from ..operators import autograd, functional, raw
@@ -46,6 +46,14 @@ class VariationalLayer(Posterior):
         self.register_load_state_dict_pre_hook(checkpoint_of_layer.load)
         self.register_load_state_dict_post_hook(_after_loading)
 
+    def check(self, n_samples: int, *inputs, **keywords) -> None:
+        """Raise TypeError or ValueError if a call is given something else than it takes; called before anything is drawn. Of a
+        layer that does not say more, only that the batch can be divided among n_samples.
+        """
+        if n_samples > 1:
+            for value in tree_leaves((inputs, keywords)):
+                checks.repeated("inputs", value, n_samples)
+
     def compute(self, weights: dict[str, Tensor], *inputs, **keywords):
         """What the layer gives for its inputs with these weights: by name, of the parameters' shapes and dtype; the means within
         `sampling(mean=True)`. Left out posteriors are not among them.
@@ -73,9 +81,10 @@ class VariationalLayer(Posterior):
         if not self._fans:
             raise NotImplementedError(f"{type(self).__name__} has no posterior: call add_posterior in its __init__")
         mode, recomputed = self._mode(compiling)
+        self.check(mode.n_samples, *inputs, **keywords)
         pairs = self.pairs()
-        if mode.mean:
-            return self.compute({pair.name: pair.mu for pair in pairs}, *inputs, **keywords)
+        if mode.mean or not pairs:
+            return self._computed({pair.name: pair.mu for pair in pairs}, mode.n_samples, inputs, keywords)
         key = self._key(mode, self.device)
         with_kl = torch.is_grad_enabled() and not recomputed and not functorch
         weights, kls = {}, []
@@ -83,13 +92,15 @@ class VariationalLayer(Posterior):
             w, kl = self._draw(pair, key, mode.n_samples, with_kl, compiling or functorch)
             weights[pair.name] = w if mode.n_samples > 1 else w[0]
             kls.append(kl)
-        if mode.n_samples == 1:
-            y = self.compute(weights, *inputs, **keywords)
-        else:
-            y = self.compute_samples(weights, mode.n_samples, *inputs, **keywords)
+        y = self._computed(weights, mode.n_samples, inputs, keywords)
         if not recomputed and not functorch:
             self._remember(self._registered(), key, mode.n_samples, None if None in kls else tuple(kls), compiling)
         return y
+
+    def _computed(self, weights: dict[str, Tensor], n_samples: int, inputs: tuple, keywords: dict):
+        if n_samples == 1:
+            return self.compute(weights, *inputs, **keywords)
+        return self.compute_samples(weights, n_samples, *inputs, **keywords)
 
     def drawn(self, key: Tensor | None) -> nn.Module:
         """The ordinary module that the layer is under `key`, or with its means (None)."""
@@ -139,7 +150,7 @@ class VariationalLayer(Posterior):
 
     @property
     def device(self) -> torch.device:
-        return next(tensor.device for tensor in self.tensors() if tensor is not None)
+        return next((tensor.device for tensor in self.tensors() if tensor is not None), torch.device("cpu"))  # without any: no matter
 
     def identities(self) -> list[tuple[int, ...]]:
         """For each pair what tells it from those of other layers, as long as the layers live."""
@@ -149,7 +160,7 @@ class VariationalLayer(Posterior):
         names = [name for name in self.names if self._parameters.get(name, name) is not None]
         return [tuple(map(id, (*self.sources(mu), *self.sources(rho)))) for mu, rho in zip(names[::2], names[1::2])]
 
-    def mode(self) -> Mode:
+    def drawing_mode(self) -> Mode:
         """How to draw now."""
         return self._state.mode if torch.compiler.is_compiling() else entered(self) or ORDINARY
 
@@ -213,9 +224,6 @@ def _parts(value, n_samples: int):
     """n_samples equal parts of a tensor along dimension 0; anything else, that many times."""
     if not isinstance(value, Tensor) or value.dim() == 0:
         return [value] * n_samples
-    if value.shape[0] % n_samples:
-        raise ValueError(f"inputs: expected dimension 0 to be the batch repeated n_samples={n_samples} times, "
-                         f"given {checks.describe(value)}; see mc_forward")
     return value.chunk(n_samples) if value.shape[0] else [value] * n_samples
 
 

@@ -27,6 +27,7 @@ class Pair(NamedTuple):
     prior: Normal
     stream: int     # of the noise
     fan_in: int
+    begin: float | None     # all the means, in place of what `init` gives
 
 
 class Posterior(nn.Module):
@@ -52,6 +53,7 @@ class Posterior(nn.Module):
         self.scale, self.kl, self.init, self.init_sigma = scale, kl, init, checks.positive("init_sigma", init_sigma)
         self._given = {"device": device, "dtype": dtype}, prior, bias_prior  # for add_posterior
         self._fans: dict[str, int] = {}     # fan-in of each posterior, by name, in their order
+        self._begins: dict[str, float | None] = {}
         self.names: tuple[str, ...] = ()    # of mu and rho of each
         self._prior_names: tuple[str, ...] = ()
         self._prior_buffers: tuple[str, ...] = ()   # loc and scale of each prior
@@ -59,7 +61,7 @@ class Posterior(nn.Module):
         self.prior_tensors = False              # whether any are tensors
         self._pruned: dict[str, tuple[Tensor, Tensor]] = {}  # of each pair that has any: which weights, and their mu
 
-    def add_posterior(self, name: str, shape: tuple[int, ...] | None, fan_in: int | None = None) -> None:
+    def add_posterior(self, name: str, shape: tuple[int, ...] | None, fan_in: int | None = None, begin: float | None = None) -> None:
         """Make the parameters {name}_mu and {name}_rho of this shape and initialise them.
 
         Args:
@@ -67,6 +69,7 @@ class Posterior(nn.Module):
                 biases do.
             shape: None for one that is left out, as the bias of a layer without: its parameters are None.
             fan_in: inputs of one output, by which `init` scales; the product of shape[1:], or 1, by default.
+            begin: what all its means begin with, in place of what `init` gives: 1 for a gain.
 
         TypeError or ValueError if the layer has the name already, or its prior does not fit.
         """
@@ -75,6 +78,7 @@ class Posterior(nn.Module):
         for kind in ("mu", "rho"):
             self.register_parameter(f"{name}_{kind}", None if shape is None else nn.Parameter(torch.empty(shape, **self._given[0])))
         self._fans[name] = (math.prod(shape[1:]) if shape else 1) if fan_in is None else fan_in
+        self._begins[name] = begin
         self.names += (f"{name}_mu", f"{name}_rho")
         prior_name = "prior" if name == "weight" else f"{name}_prior"
         self._prior_names += (prior_name,)
@@ -83,7 +87,7 @@ class Posterior(nn.Module):
         self._put_prior(name, self._first_prior(name))
         if shape is not None:
             at = len(self._fans) - 1
-            pair = Pair(name, *(self._parameters[n] for n in self.names[-2:]), self._prior(at), at, self._fans[name])
+            pair = Pair(name, *(self._parameters[n] for n in self.names[-2:]), self._prior(at), at, self._fans[name], begin)
             initialisation.initialise(self.init, [pair], self.scale, self.init_sigma)
 
     def reset_parameters(self) -> None:
@@ -99,7 +103,7 @@ class Posterior(nn.Module):
         if self._pruned and not torch.compiler.is_compiling():
             self.keep_pruned()
         tensors, first = self.tensors(), 0 if len(self._fans) <= 2 else _MANY
-        return [Pair(name, tensors[2 * i], tensors[2 * i + 1], self._prior(i), first + i, fan_in)
+        return [Pair(name, tensors[2 * i], tensors[2 * i + 1], self._prior(i), first + i, fan_in, self._begins[name])
                 for i, (name, fan_in) in enumerate(self._fans.items()) if tensors[2 * i] is not None]
 
     def priors(self) -> tuple[Tensor | None, ...]:
@@ -197,8 +201,11 @@ class Posterior(nn.Module):
             text.append(f"dtype={mu.dtype}")
         return ", ".join(text)
 
+    def _is_bias(self, name: str) -> bool:
+        return "bias" in name
+
     def _of_kind(self, biases: bool) -> list[int]:
-        return [i for i, name in enumerate(self._fans) if ("bias" in name) == biases]
+        return [i for i, name in enumerate(self._fans) if self._is_bias(name) == biases]
 
     def _prior_of_kind(self, biases: bool) -> Normal | None:
         found = self._of_kind(biases)
@@ -212,9 +219,9 @@ class Posterior(nn.Module):
     def _first_prior(self, name: str) -> Normal:
         """That which the constructor's arguments give it."""
         _, prior, bias_prior = self._given
-        if "bias" in name and bias_prior is not None:
+        if self._is_bias(name) and bias_prior is not None:
             return self.fitting_prior(name, bias_prior)
-        if "bias" in name and as_normal("prior", prior, None).has_tensors:  # it is the weights' alone
+        if self._is_bias(name) and as_normal("prior", prior, None).has_tensors:  # it is the weights' alone
             if self._parameters[f"{name}_mu"] is not None:
                 raise ValueError("bias_prior: expected a prior for the bias, as the weight's holds tensors, given None")
             prior = Normal(0.0, 1.0)

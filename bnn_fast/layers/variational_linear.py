@@ -1,8 +1,6 @@
 """The variational counterpart of nn.Linear."""
 from __future__ import annotations
 
-import sys
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,23 +9,7 @@ from .. import checks
 from ..operators import autograd, functional, raw
 from ..priors import Normal
 from .base import VariationalLayer
-
-_TRANSFORMER = "torch.nn.modules.transformer"
-
-
-class _NoWeight:
-    """What nn.TransformerEncoderLayer and nn.TransformerEncoder see as `linear1.weight` when they look whether
-    their fused inference path can run. It cannot, as it takes the weight and calls no layer; they leave it where
-    a weight has a __torch_function__ of its own.
-    """
-
-    @classmethod
-    def __torch_function__(cls, function, types, args=(), kwargs=None):
-        raise TypeError("a VariationalLinear has no weight, it draws one at every call: "
-                        "torch.backends.mha.set_fastpath_enabled(False) turns off what asks for it")
-
-
-_NO_WEIGHT = _NoWeight()
+from .fastpath import NO_WEIGHT, asked_by_a_transformer
 
 
 class VariationalLinear(VariationalLayer):
@@ -110,9 +92,8 @@ class VariationalLinear(VariationalLayer):
         return linear.train(self.training)
 
     def __getattr__(self, name: str):
-        if (name == "weight" or name == "bias") and (torch.compiler.is_compiling()
-                                                     or sys._getframe(1).f_globals.get("__name__") == _TRANSFORMER):
-            return _NO_WEIGHT
+        if (name == "weight" or name == "bias") and asked_by_a_transformer():
+            return NO_WEIGHT
         return super().__getattr__(name)
 
     def extra_repr(self) -> str:

@@ -16,8 +16,6 @@ from . import autograd, raw, reference
 
 __all__ = ["variational_linear", "sample_normal", "kl_normal"]
 
-_AUTOCAST = (torch.float32, torch.bfloat16, torch.float16)
-
 
 def variational_linear(
         x: Tensor, weight_mu: Tensor, weight_rho: Tensor, bias_mu: Tensor | None, bias_rho: Tensor | None,
@@ -173,11 +171,14 @@ def priors_of(prior: Normal, bias_prior: Normal | None, weight_mu: Tensor,
 
 def autocast(x: Tensor) -> Tensor:
     """x as autocast would have it. The parameters stay as they are, and so do noise and KL."""
-    if torch._C._is_any_autocast_enabled() and isinstance(x, Tensor) and x.dtype in _AUTOCAST:
-        device = x.device.type
-        if device != "meta" and torch.is_autocast_enabled(device):
-            return x.to(torch.get_autocast_dtype(device))
+    if isinstance(x, Tensor) and x.dtype in checks.AUTOCAST and autocasting(x):
+        return x.to(torch.get_autocast_dtype(x.device.type))
     return x
+
+
+def autocasting(x: Tensor) -> bool:
+    """Whether autocast is on where x is."""
+    return torch._C._is_any_autocast_enabled() and x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
 
 
 def _differentiable(operator, x: Tensor | None, arguments: tuple, kl: str | None, kl_apart):

@@ -52,10 +52,12 @@ INITIALISATIONS = {"default": _default, "blundell": _blundell, "tutorial": _tuto
 @torch.no_grad()
 def initialise(name: str, pairs, scale: str, sigma: float | None = None) -> None:
     """Fill mu and rho of a layer's `pairs` in place, under what `scale` makes of rho; with `sigma` as the standard deviation of
-    all of them in place of the named initialisation's.
+    all of them in place of the named initialisation's, and the means of a pair that has a `begin` all that.
     """
     for pair in pairs:
         rho = INITIALISATIONS[name](pair, max(pair.fan_in, 1))
+        if pair.begin is not None:
+            pair.mu.fill_(pair.begin)
         if sigma is not None:
             rho = softplus_inverse(sigma)
         if isinstance(rho, float):
