@@ -6,11 +6,12 @@ import importlib.util
 import sys
 import time
 
-from . import bayes_by_backprop, bayesian_linear_regression, bayesian_neural_networks, digits, digits_data
-from . import variational_regression
+from . import bayes_by_backprop, bayesian_linear_regression, bayesian_neural_networks, digits, digits_data, images
+from . import series, variational_regression
 
 DEMOS = {module.__name__.rpartition(".")[2]: module for module in (
-    variational_regression, bayes_by_backprop, bayesian_linear_regression, bayesian_neural_networks, digits)}
+    variational_regression, bayes_by_backprop, bayesian_linear_regression, bayesian_neural_networks, digits, images, series)}
+WITH_DATA = ("digits", "images")
 EXTRAS = {"matplotlib": "matplotlib", "sklearn": "scikit-learn", "tqdm": "tqdm"}
 
 
@@ -28,9 +29,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", help="as torch names it: cpu (default), cuda, cuda:1")
     parser.add_argument("--out", default="figures", metavar="FOLDER",
                         help="where the pictures go (default: figures)")
-    if "digits" in named:
+    if any(name in named for name in WITH_DATA):
         parser.add_argument("--data", metavar="FOLDER",
-                            help="digits: MNIST from this folder, its four IDX files, .gz or not")
+                            help="digits, images: MNIST from this folder, its four IDX files, .gz or not")
     return parser.parse_args(arguments)
 
 
@@ -50,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
     start = time.perf_counter()
     try:
         for name in options.pop("names"):
-            DEMOS[name].run(**options, **({"data": data} if name == "digits" else {}))
+            DEMOS[name].run(**options, **({"data": data} if name in WITH_DATA else {}))
     except digits_data.BadData as error:
         print(error, file=sys.stderr)
         return 1
