@@ -150,7 +150,8 @@ class VariationalLayer(Posterior):
 
     @property
     def device(self) -> torch.device:
-        return next((tensor.device for tensor in self.tensors() if tensor is not None), torch.device("cpu"))  # without any: no matter
+        there = (tensor.device for tensor in self.tensors() if tensor is not None)
+        return next(there, torch.device("cpu"))  # without any nothing is drawn
 
     def identities(self) -> list[tuple[int, ...]]:
         """For each pair what tells it from those of other layers, as long as the layers live."""

@@ -14,14 +14,14 @@ from .counterpart import Counterpart, in_dtype
 class VariationalBilinear(Counterpart):
     """y = x1^T W x2 + b with W and b drawn at every call, one draw shared by the batch.
 
-    Arguments: those of nn.Bilinear, then those of VariationalLinear. Priors of tensors have the shapes of nn.Bilinear's weight
-    [out_features, in1_features, in2_features] and bias [out_features].
+    Arguments: those of nn.Bilinear, then those of VariationalLinear. Priors of tensors have the shapes of nn.Bilinear's
+    weight [out_features, in1_features, in2_features] and bias [out_features].
 
-    Shapes: input1 [..., in1_features], input2 [..., in2_features] -> [..., out_features], the leading dimensions being alike. Under
-    `sampling` with several samples dimension 0 of both has to be the batch.
+    Shapes: input1 [..., in1_features], input2 [..., in2_features] -> [..., out_features], the leading dimensions being alike.
+    Under `sampling` with several samples dimension 0 of both has to be the batch.
 
-    Raises ValueError or TypeError where an argument does not fit, or an input has the wrong shape, dtype or device or, with several
-    samples, a batch that they do not divide.
+    Raises ValueError or TypeError where an argument does not fit, or an input has the wrong shape, dtype or device or, with
+    several samples, a batch that they do not divide.
     """
     ordinary = nn.Bilinear
 

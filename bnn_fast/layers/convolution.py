@@ -118,14 +118,14 @@ class _ConvTranspose(_Convolution):
 class VariationalConv1d(_Conv):
     """nn.Conv1d with weight and bias drawn at every call, one draw shared by the batch.
 
-    Arguments: those of nn.Conv1d, then those of VariationalLinear. Priors of tensors have the shapes of nn.Conv1d's weight [out_channels, in_channels / groups, *kernel_size]
-    and bias [out_channels].
+    Arguments: those of nn.Conv1d, then those of VariationalLinear. Priors of tensors have the shapes of nn.Conv1d's weight
+    [out_channels, in_channels / groups, *kernel_size] and bias [out_channels].
 
-    Shapes: as nn.Conv1d's: input [B, in_channels, L] or [in_channels, L] -> [B, out_channels, L'] or [out_channels, L']. Under `sampling` with several samples the batch
-    dimension has to be there.
+    Shapes: as nn.Conv1d's: input [B, in_channels, L] or [in_channels, L] -> [B, out_channels, L'] or [out_channels, L'].
+    Under `sampling` with several samples the batch dimension has to be there.
 
-    Raises ValueError or TypeError where an argument does not fit, or the input has the wrong shape, dtype or device or, with several
-    samples, a batch that they do not divide.
+    Raises ValueError or TypeError where an argument does not fit, or the input has the wrong shape, dtype or device or, with
+    several samples, a batch that they do not divide.
     """
     ordinary = nn.Conv1d
     operator = staticmethod(F.conv1d)
@@ -135,14 +135,14 @@ class VariationalConv1d(_Conv):
 class VariationalConv2d(_Conv):
     """nn.Conv2d with weight and bias drawn at every call, one draw shared by the batch.
 
-    Arguments: those of nn.Conv2d, then those of VariationalLinear. Priors of tensors have the shapes of nn.Conv2d's weight [out_channels, in_channels / groups, *kernel_size]
-    and bias [out_channels].
+    Arguments: those of nn.Conv2d, then those of VariationalLinear. Priors of tensors have the shapes of nn.Conv2d's weight
+    [out_channels, in_channels / groups, *kernel_size] and bias [out_channels].
 
-    Shapes: as nn.Conv2d's: input [B, in_channels, H, W] or [in_channels, H, W] -> [B, out_channels, H', W'] or [out_channels, H', W']. Under `sampling` with several samples the batch
-    dimension has to be there.
+    Shapes: as nn.Conv2d's: input [B, in_channels, H, W] or [in_channels, H, W] -> [B, out_channels, H', W'] or [out_channels,
+    H', W']. Under `sampling` with several samples the batch dimension has to be there.
 
-    Raises ValueError or TypeError where an argument does not fit, or the input has the wrong shape, dtype or device or, with several
-    samples, a batch that they do not divide.
+    Raises ValueError or TypeError where an argument does not fit, or the input has the wrong shape, dtype or device or, with
+    several samples, a batch that they do not divide.
     """
     ordinary = nn.Conv2d
     operator = staticmethod(F.conv2d)
@@ -152,14 +152,14 @@ class VariationalConv2d(_Conv):
 class VariationalConv3d(_Conv):
     """nn.Conv3d with weight and bias drawn at every call, one draw shared by the batch.
 
-    Arguments: those of nn.Conv3d, then those of VariationalLinear. Priors of tensors have the shapes of nn.Conv3d's weight [out_channels, in_channels / groups, *kernel_size]
-    and bias [out_channels].
+    Arguments: those of nn.Conv3d, then those of VariationalLinear. Priors of tensors have the shapes of nn.Conv3d's weight
+    [out_channels, in_channels / groups, *kernel_size] and bias [out_channels].
 
-    Shapes: as nn.Conv3d's: input [B, in_channels, D, H, W] or [in_channels, D, H, W] -> [B, out_channels, D', H', W'] or [out_channels, D', H', W']. Under `sampling` with several samples the batch
-    dimension has to be there.
+    Shapes: as nn.Conv3d's: input [B, in_channels, D, H, W] or [in_channels, D, H, W] -> [B, out_channels, D', H', W'] or
+    [out_channels, D', H', W']. Under `sampling` with several samples the batch dimension has to be there.
 
-    Raises ValueError or TypeError where an argument does not fit, or the input has the wrong shape, dtype or device or, with several
-    samples, a batch that they do not divide.
+    Raises ValueError or TypeError where an argument does not fit, or the input has the wrong shape, dtype or device or, with
+    several samples, a batch that they do not divide.
     """
     ordinary = nn.Conv3d
     operator = staticmethod(F.conv3d)
@@ -169,14 +169,14 @@ class VariationalConv3d(_Conv):
 class VariationalConvTranspose1d(_ConvTranspose):
     """nn.ConvTranspose1d with weight and bias drawn at every call, one draw shared by the batch.
 
-    Arguments: those of nn.ConvTranspose1d, then those of VariationalLinear. Priors of tensors have the shapes of nn.ConvTranspose1d's weight [in_channels, out_channels / groups, *kernel_size]
-    and bias [out_channels].
+    Arguments: those of nn.ConvTranspose1d, then those of VariationalLinear. Priors of tensors have the shapes of
+    nn.ConvTranspose1d's weight [in_channels, out_channels / groups, *kernel_size] and bias [out_channels].
 
-    Shapes: as nn.ConvTranspose1d's: input [B, in_channels, L] or [in_channels, L] -> [B, out_channels, L'] or [out_channels, L']; output_size as there. Under `sampling` with several samples the batch
-    dimension has to be there.
+    Shapes: as nn.ConvTranspose1d's: input [B, in_channels, L] or [in_channels, L] -> [B, out_channels, L'] or [out_channels,
+    L']; output_size as there. Under `sampling` with several samples the batch dimension has to be there.
 
-    Raises ValueError or TypeError where an argument does not fit, or the input has the wrong shape, dtype or device or, with several
-    samples, a batch that they do not divide.
+    Raises ValueError or TypeError where an argument does not fit, or the input has the wrong shape, dtype or device or, with
+    several samples, a batch that they do not divide.
     """
     ordinary = nn.ConvTranspose1d
     operator = staticmethod(F.conv_transpose1d)
@@ -186,14 +186,14 @@ class VariationalConvTranspose1d(_ConvTranspose):
 class VariationalConvTranspose2d(_ConvTranspose):
     """nn.ConvTranspose2d with weight and bias drawn at every call, one draw shared by the batch.
 
-    Arguments: those of nn.ConvTranspose2d, then those of VariationalLinear. Priors of tensors have the shapes of nn.ConvTranspose2d's weight [in_channels, out_channels / groups, *kernel_size]
-    and bias [out_channels].
+    Arguments: those of nn.ConvTranspose2d, then those of VariationalLinear. Priors of tensors have the shapes of
+    nn.ConvTranspose2d's weight [in_channels, out_channels / groups, *kernel_size] and bias [out_channels].
 
-    Shapes: as nn.ConvTranspose2d's: input [B, in_channels, H, W] or [in_channels, H, W] -> [B, out_channels, H', W'] or [out_channels, H', W']; output_size as there. Under `sampling` with several samples the batch
-    dimension has to be there.
+    Shapes: as nn.ConvTranspose2d's: input [B, in_channels, H, W] or [in_channels, H, W] -> [B, out_channels, H', W'] or
+    [out_channels, H', W']; output_size as there. Under `sampling` with several samples the batch dimension has to be there.
 
-    Raises ValueError or TypeError where an argument does not fit, or the input has the wrong shape, dtype or device or, with several
-    samples, a batch that they do not divide.
+    Raises ValueError or TypeError where an argument does not fit, or the input has the wrong shape, dtype or device or, with
+    several samples, a batch that they do not divide.
     """
     ordinary = nn.ConvTranspose2d
     operator = staticmethod(F.conv_transpose2d)
@@ -203,14 +203,15 @@ class VariationalConvTranspose2d(_ConvTranspose):
 class VariationalConvTranspose3d(_ConvTranspose):
     """nn.ConvTranspose3d with weight and bias drawn at every call, one draw shared by the batch.
 
-    Arguments: those of nn.ConvTranspose3d, then those of VariationalLinear. Priors of tensors have the shapes of nn.ConvTranspose3d's weight [in_channels, out_channels / groups, *kernel_size]
-    and bias [out_channels].
+    Arguments: those of nn.ConvTranspose3d, then those of VariationalLinear. Priors of tensors have the shapes of
+    nn.ConvTranspose3d's weight [in_channels, out_channels / groups, *kernel_size] and bias [out_channels].
 
-    Shapes: as nn.ConvTranspose3d's: input [B, in_channels, D, H, W] or [in_channels, D, H, W] -> [B, out_channels, D', H', W'] or [out_channels, D', H', W']; output_size as there. Under `sampling` with several samples the batch
-    dimension has to be there.
+    Shapes: as nn.ConvTranspose3d's: input [B, in_channels, D, H, W] or [in_channels, D, H, W] -> [B, out_channels, D', H',
+    W'] or [out_channels, D', H', W']; output_size as there. Under `sampling` with several samples the batch dimension has to
+    be there.
 
-    Raises ValueError or TypeError where an argument does not fit, or the input has the wrong shape, dtype or device or, with several
-    samples, a batch that they do not divide.
+    Raises ValueError or TypeError where an argument does not fit, or the input has the wrong shape, dtype or device or, with
+    several samples, a batch that they do not divide.
     """
     ordinary = nn.ConvTranspose3d
     operator = staticmethod(F.conv_transpose3d)

@@ -24,17 +24,14 @@ class Counterpart(VariationalLayer):
 
     def __init__(self, arguments: dict, **options):
         super().__init__(**options)
-        self._arguments = arguments
-        module = self._ordinary()
+        module = self.ordinary(**arguments, device="meta")
+        self._described = (module,)     # in a tuple: it is none of the layer's modules
         self._settings = tuple(name for name in vars(module) if name not in vars(nn.Module()) and name not in self.no_settings)
         for name in self._settings:
             setattr(self, name, getattr(module, name))
         fan_in = self._fan_in(module)
         for name, parameter in self._named(module).items():
             self.add_posterior(name, None if parameter is None else tuple(parameter.shape), fan_in, self.begins.get(name))
-
-    def _ordinary(self) -> nn.Module:
-        return self.ordinary(**self._arguments, device="meta")
 
     def _named(self, module: nn.Module) -> dict[str, nn.Parameter | None]:
         """The module's parameters by the names of their posteriors."""
@@ -58,7 +55,7 @@ class Counterpart(VariationalLayer):
 
     def _like_this(self) -> nn.Module:
         """The ordinary module with the settings as they are now, without weights."""
-        module = self._ordinary()
+        module = copy.deepcopy(self._described[0])
         for name in self._settings:
             setattr(module, name, copy.copy(getattr(self, name)))
         return module

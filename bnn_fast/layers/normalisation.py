@@ -37,14 +37,14 @@ class _Norm(Counterpart):
 class VariationalLayerNorm(_Norm):
     """nn.LayerNorm with weight and bias drawn at every call, one draw shared by the batch.
 
-    Arguments: those of nn.LayerNorm, then those of VariationalLinear. Priors of tensors have the shape normalized_shape. Without
-    elementwise_affine there is nothing to draw, and no KL. The weight's means begin with 1; under a prior N(1, 1) they
-    would be at its centre.
+    Arguments: those of nn.LayerNorm, then those of VariationalLinear. Priors of tensors have the shape normalized_shape.
+    Without elementwise_affine there is nothing to draw, and no KL. The weight's means begin with 1; under a prior N(1, 1)
+    they would be at its centre.
 
     Shapes: input [..., *normalized_shape] -> the same. Under `sampling` with several samples dimension 0 has to be the batch.
 
-    Raises ValueError or TypeError where an argument does not fit, or the input has the wrong shape, dtype or device or, with several
-    samples, a batch that they do not divide.
+    Raises ValueError or TypeError where an argument does not fit, or the input has the wrong shape, dtype or device or, with
+    several samples, a batch that they do not divide.
     """
     ordinary = nn.LayerNorm
 
@@ -54,7 +54,8 @@ class VariationalLayerNorm(_Norm):
         checks.flags(elementwise_affine=elementwise_affine, bias=bias)
         count = len(normalized_shape) if isinstance(normalized_shape, (tuple, list)) else 1
         shape = checks.sizes("normalized_shape", normalized_shape, count, 1)
-        super().__init__(dict(normalized_shape=shape, eps=checks.number("eps", eps), elementwise_affine=elementwise_affine, bias=bias),
+        super().__init__(dict(normalized_shape=shape, eps=checks.number("eps", eps), elementwise_affine=elementwise_affine,
+                              bias=bias),
                          prior=prior, bias_prior=bias_prior, scale=scale, kl=kl, init=init, init_sigma=init_sigma, device=device,
                          dtype=dtype)
 
@@ -76,8 +77,8 @@ class VariationalGroupNorm(_Norm):
 
     Shapes: input [B, num_channels, ...] -> the same.
 
-    Raises ValueError or TypeError where an argument does not fit, or the input has the wrong shape, dtype or device or, with several
-    samples, a batch that they do not divide.
+    Raises ValueError or TypeError where an argument does not fit, or the input has the wrong shape, dtype or device or, with
+    several samples, a batch that they do not divide.
     """
     ordinary = nn.GroupNorm
 
@@ -150,11 +151,11 @@ class VariationalBatchNorm1d(_BatchNorm):
     Arguments: those of nn.BatchNorm1d, then those of VariationalLinear. Priors of tensors have the shape [num_features]. With
     affine=False there is nothing to draw, and no KL. The weight's means begin with 1.
 
-    Shapes: input [B, num_features] or [B, num_features, L] -> the same. Under `sampling` with several samples each one's part of the batch is normalised
-    by itself in training, and the running statistics take the parts up in their order.
+    Shapes: input [B, num_features] or [B, num_features, L] -> the same. Under `sampling` with several samples each one's part
+    of the batch is normalised by itself in training, and the running statistics take the parts up in their order.
 
-    Raises ValueError or TypeError where an argument does not fit, or the input has the wrong shape, dtype or device or, with several
-    samples, a batch that they do not divide.
+    Raises ValueError or TypeError where an argument does not fit, or the input has the wrong shape, dtype or device or, with
+    several samples, a batch that they do not divide.
     """
     ordinary = nn.BatchNorm1d
     dimensions = (2, 3)
@@ -166,11 +167,11 @@ class VariationalBatchNorm2d(_BatchNorm):
     Arguments: those of nn.BatchNorm2d, then those of VariationalLinear. Priors of tensors have the shape [num_features]. With
     affine=False there is nothing to draw, and no KL. The weight's means begin with 1.
 
-    Shapes: input [B, num_features, H, W] -> the same. Under `sampling` with several samples each one's part of the batch is normalised
-    by itself in training, and the running statistics take the parts up in their order.
+    Shapes: input [B, num_features, H, W] -> the same. Under `sampling` with several samples each one's part of the batch is
+    normalised by itself in training, and the running statistics take the parts up in their order.
 
-    Raises ValueError or TypeError where an argument does not fit, or the input has the wrong shape, dtype or device or, with several
-    samples, a batch that they do not divide.
+    Raises ValueError or TypeError where an argument does not fit, or the input has the wrong shape, dtype or device or, with
+    several samples, a batch that they do not divide.
     """
     ordinary = nn.BatchNorm2d
     dimensions = (4,)
@@ -182,11 +183,11 @@ class VariationalBatchNorm3d(_BatchNorm):
     Arguments: those of nn.BatchNorm3d, then those of VariationalLinear. Priors of tensors have the shape [num_features]. With
     affine=False there is nothing to draw, and no KL. The weight's means begin with 1.
 
-    Shapes: input [B, num_features, D, H, W] -> the same. Under `sampling` with several samples each one's part of the batch is normalised
-    by itself in training, and the running statistics take the parts up in their order.
+    Shapes: input [B, num_features, D, H, W] -> the same. Under `sampling` with several samples each one's part of the batch
+    is normalised by itself in training, and the running statistics take the parts up in their order.
 
-    Raises ValueError or TypeError where an argument does not fit, or the input has the wrong shape, dtype or device or, with several
-    samples, a batch that they do not divide.
+    Raises ValueError or TypeError where an argument does not fit, or the input has the wrong shape, dtype or device or, with
+    several samples, a batch that they do not divide.
     """
     ordinary = nn.BatchNorm3d
     dimensions = (5,)

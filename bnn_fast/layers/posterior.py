@@ -61,7 +61,8 @@ class Posterior(nn.Module):
         self.prior_tensors = False              # whether any are tensors
         self._pruned: dict[str, tuple[Tensor, Tensor]] = {}  # of each pair that has any: which weights, and their mu
 
-    def add_posterior(self, name: str, shape: tuple[int, ...] | None, fan_in: int | None = None, begin: float | None = None) -> None:
+    def add_posterior(self, name: str, shape: tuple[int, ...] | None, fan_in: int | None = None,
+                      begin: float | None = None) -> None:
         """Make the parameters {name}_mu and {name}_rho of this shape and initialise them.
 
         Args:

@@ -40,8 +40,6 @@ class _Sequence(_Recurrent):
             arguments[name] = checks.positive_int(name, arguments[name])
         checks.flags(**{name: arguments[name] for name in ("bias", "batch_first", "bidirectional")})
         super().__init__(arguments, **options)
-        self.__dict__["_module"] = self._ordinary()     # on the meta device, and none of the modules of this one
-        assert [name for name, _ in self._module.named_parameters()] == list(self._fans)
 
     def forward(self, input: Tensor | PackedSequence, hx=None):
         return super().forward(input, hx)
@@ -59,7 +57,7 @@ class _Sequence(_Recurrent):
                              f"given {checks.describe(input)} with {rows} sequences; see mc_forward")
 
     def compute(self, weights: dict[str, Tensor], input: Tensor | PackedSequence, hx=None):
-        module = copy.copy(self._module)
+        module = copy.copy(self._described[0])  # its forward is to have the drawn weights, in this call alone
         module.__dict__.update({name: getattr(self, name) for name in self._settings}, training=self.training, _flat_weights=(
             self._in_dtype(weights, input.data if isinstance(input, PackedSequence) else input)))
         return type(module).forward(module, input, hx)

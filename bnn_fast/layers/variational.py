@@ -19,8 +19,8 @@ class Variational(VariationalLayer):
     """Any module, with its parameters drawn at every call: for modules that have no counterpart of their own here.
 
     Args:
-        module: it is copied. All its floating-point parameters get posteriors, those that it has in several places one; their means are
-            the parameters as they are. Its buffers stay, and are updated as the module does it.
+        module: it is copied. All its floating-point parameters get posteriors, those that it has in several places one; their
+            means are the parameters as they are. Its buffers stay, and are updated as the module does it.
         prior, bias_prior, scale, kl: as in VariationalLinear. A bias is what the last part of the name calls so.
         init_sigma: the standard deviation that every parameter begins with.
 
@@ -28,10 +28,11 @@ class Variational(VariationalLayer):
     layers_0_weight_rho; a name that there is already gets a "_" more. They have the parameter's requires_grad.
 
     The call is the module's. Under `sampling` with several samples the module runs once for each: dimension 0 of every tensor among
-    inputs and outputs has to be the batch. Calls of one layer by several threads wait for each other.
+    inputs and outputs has to be the batch. Calls of one layer by several threads wait for each other. Activation checkpointing goes
+    around the layer: within the module, what it repeats would find no parameters, and raises an error.
 
-    Raises TypeError or ValueError if the module is none, has no floating-point parameters or some that are complex, on several devices or
-    still lazy, or holds variational layers.
+    Raises TypeError or ValueError if the module is none, has no floating-point parameters or some that are complex, on several
+    devices or still lazy, or holds variational layers.
     """
 
     def __init__(self, module: nn.Module, *, prior: Normal = Normal(0.0, 1.0), bias_prior: Normal | None = None,

@@ -6,6 +6,8 @@
     tutorial   N(0, 0.001^2), bias 0          softplus(N(-2.5, 0.001^2)), bias softplus(0)
     zeros      0                              1
     adv_bnn    U(-1 / sqrt(in), 1 / sqrt(in)) the prior's                         Liu et al., Adv-BNN, 2019
+
+The means of gains (weights of normalisations) begin with 1 under all of them.
 """
 from __future__ import annotations
 

@@ -18,7 +18,11 @@ plain = pytest.mark.parametrize("case", PLAIN.values(), ids=PLAIN)
 
 def layer_of(case, **options) -> bf.VariationalLayer:
     torch.manual_seed(0)
-    return case.make(**{"init_sigma": 0.2, **options})
+    layer = case.make(**{"init_sigma": 0.2, **options})
+    with torch.no_grad():
+        for pair in layer.pairs():
+            pair.mu.add_(torch.randn_like(pair.mu), alpha=0.1)   # no gain of 1, no bias of 0
+    return layer
 
 
 def repeated(inputs, n_samples: int) -> list:
@@ -180,6 +184,21 @@ def test_inputs_of_16_bits_beside_parameters_of_32(case, dtype):
         y, expected = layer(*(x.to(dtype) for x in inputs)), layer(*inputs)
     assert y.dtype == dtype
     torch.testing.assert_close(y.float(), expected, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.cuda
+@every
+def test_on_a_gpu(case):
+    layer, inputs = layer_of(case).eval(), repeated(case.inputs(), 2)
+    with bf.sampling(layer, 2, seed=1):
+        expected = layer(*inputs)
+    layer.cuda()
+    with bf.sampling(layer, 2, seed=1):
+        y = layer(*(x.cuda() for x in inputs))
+    torch.testing.assert_close(y.cpu(), expected, rtol=0.01, atol=0.01)     # TensorFloat-32
+    (y.square().sum() + bf.kl_divergence(layer)).backward()
+    assert all(p.grad.is_cuda and p.grad.isfinite().all() for p in layer.parameters())
+    assert next(bf.draw(layer, seed=1).parameters()).is_cuda
 
 
 @plain

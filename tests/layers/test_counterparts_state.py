@@ -26,9 +26,8 @@ def test_copies_and_saving(case):
     copies[2].load_state_dict(layer.state_dict())
     for other in copies:
         assert repr(other) == repr(layer) or other is copies[2]
-        assert not {id(t) for t in other.state_dict(keep_vars=True).values()} & {id(t) for t in layer.state_dict(keep_vars=True).values()}
-        for a, b in zip([layer.train(), *layer.buffers()], [other.train(), *other.buffers()]):
-            assert a is layer or torch.equal(a, b)
+        for a, b in zip((*layer.parameters(), *layer.buffers()), (*other.parameters(), *other.buffers())):
+            assert a is not b and torch.equal(a, b)
         with bf.sampling(layer.eval(), seed=1), bf.sampling(other.eval(), seed=1):
             assert torch.equal(layer(*inputs), other(*inputs))
     with pytest.raises(ValueError, match="meaning: expected parameters of a layer with scale='exp'"):
@@ -76,7 +75,8 @@ def test_names_and_words(case):
 
 @pytest.mark.parametrize("init", ["default", "blundell", "tutorial", "zeros", "adv_bnn"])
 def test_gains_begin_with_one(init):
-    for layer in (bf.VariationalLayerNorm(50, init=init), bf.VariationalBatchNorm2d(50, init=init), bf.VariationalGroupNorm(2, 50, init=init)):
+    for layer in (bf.VariationalLayerNorm(50, init=init), bf.VariationalBatchNorm2d(50, init=init),
+                  bf.VariationalGroupNorm(2, 50, init=init)):
         assert (layer.weight_mu == 1).all() and (layer.weight_sigma > 0).all() and layer.bias_mu.abs().mean() < 0.9
         with torch.no_grad():
             layer.weight_mu.zero_()
@@ -92,7 +92,8 @@ def test_means_begin_scaled_by_the_inputs_of_one_output():
     # the size of activations stays as it is, through convolutions that halve and double
     torch.manual_seed(0)
     model = nn.Sequential(*(m for i in range(3) for m in (
-        bf.VariationalConv2d(32, 32, 3, padding=1, stride=2), nn.ReLU(), bf.VariationalConvTranspose2d(32, 32, 4, stride=2, padding=1), nn.ReLU())))
+        bf.VariationalConv2d(32, 32, 3, padding=1, stride=2), nn.ReLU(),
+        bf.VariationalConvTranspose2d(32, 32, 4, stride=2, padding=1), nn.ReLU())))
     y = model(torch.randn(4, 32, 32, 32))
     assert 0.3 < y.square().mean() < 3
 
@@ -101,6 +102,11 @@ def test_settings_may_be_changed():
     layer, x = bf.VariationalConv2d(2, 2, 3), torch.randn(1, 2, 7, 7)
     layer.stride = (2, 2)
     assert bf.draw(layer, seed=0)(x).shape == layer(x).shape == (1, 2, 3, 3)
+    norm = bf.VariationalBatchNorm2d(2)
+    norm.track_running_stats = False    # from now on
+    assert not bf.draw(norm, seed=0).track_running_stats
+    norm(x + 1)
+    assert norm.num_batches_tracked == 0 and (norm.running_mean == 0).all()
 
 
 def test_the_two_ways_of_convolving_samples(monkeypatch):
@@ -125,6 +131,12 @@ def test_transposed_convolutions_take_the_size_of_the_output():
             assert layer(x, size).shape == (4, 3, 12, 11)
     with pytest.raises(ValueError, match="requested an output size of"):
         layer(x, [20, 20])
+
+
+def test_vmap():
+    layer, x = bf.VariationalConv2d(2, 3, 3), torch.randn(4, 6, 2, 5, 5)
+    with bf.sampling(layer, seed=1):
+        torch.testing.assert_close(torch.vmap(layer)(x), torch.stack([layer(images) for images in x]))
 
 
 def test_memory_formats():

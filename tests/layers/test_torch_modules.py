@@ -16,8 +16,8 @@ import bnn_fast as bf
 module_db = pytest.importorskip("torch.testing._internal.common_modules", reason="torch's own tests, or expecttest, are not installed",
                                 exc_type=ImportError).module_db
 
-COUNTERPARTS = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "Bilinear", "Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d",
-                "ConvTranspose3d", "GroupNorm", "LayerNorm"]
+COUNTERPARTS = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "Bilinear", "Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d",
+                "ConvTranspose2d", "ConvTranspose3d", "GroupNorm", "LayerNorm"]
 CLASSES = {name: cls for name, cls in sorted(vars(nn).items()) if isinstance(cls, type) and issubclass(cls, nn.Module)}
 KNOWN = {info.module_cls: info for info in module_db if info.module_cls in CLASSES.values()}
 x = torch.linspace(-1.0, 1.0, 24)

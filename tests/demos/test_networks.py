@@ -1,0 +1,50 @@
+"""The demos of whole networks: convolutions on digits, an LSTM on a series."""
+from __future__ import annotations
+
+import pytest
+import torch
+from demos.reading import pictures, row
+
+import bnn_fast as bf
+from bnn_fast.demos import __main__ as command
+from bnn_fast.demos import images, series
+
+for module in command.EXTRAS:
+    pytest.importorskip(module)
+
+
+def test_images_in_short(tmp_path, capsys):
+    found = images.run(epochs=3, out=str(tmp_path))
+    text = capsys.readouterr().out
+    assert pictures(text, tmp_path) == ["images.png"]
+    assert row(text, "accuracy")[1:3] == [f"{found[name]['accuracy']:.2%}" for name in ("bayesian", "twin")]
+    assert found["bayesian"]["accuracy"] > 0.7
+
+
+def test_series_in_short(tmp_path, capsys):
+    found = series.run(epochs=40, out=str(tmp_path))
+    text = capsys.readouterr().out
+    assert pictures(text, tmp_path) == ["series.png"]
+    assert row(text, "share inside the 90 % band")[1] == f"{found['coverage']:.1%}"
+    assert found["rmse"] < 1.0
+
+
+def test_windows_follow_each_other():
+    past, ahead = series.windows(torch.arange(200.0))
+    assert past.shape == (200 - series.PAST - series.AHEAD + 1, series.PAST, 1) and ahead.shape == (len(past), series.AHEAD)
+    assert torch.equal(past[3, :, 0], torch.arange(3.0, 3 + series.PAST)) and ahead[3, 0] == 3 + series.PAST
+    outputs = series.Forecaster()(past[:5])
+    assert outputs.shape == (5, 2 * series.AHEAD)
+    assert bf.HeteroscedasticGaussian()(outputs.unsqueeze(0), ahead[:5]).shape == (1, 5)
+
+
+@pytest.mark.slow
+def test_images_are_told_apart(tmp_path):
+    found = images.run(out=str(tmp_path))
+    assert found["bayesian"]["accuracy"] >= 0.97 and found["bayesian"]["surest"] >= 0.99
+
+
+@pytest.mark.slow
+def test_series_is_forecast_and_covered(tmp_path):
+    found = series.run(out=str(tmp_path))
+    assert found["rmse"] < found["seasonal"] and 0.8 <= found["coverage"] <= 0.95
