@@ -5,6 +5,7 @@ from . import metrics, plotting
 from ._build import build_info
 from ._version import __version__
 from .checks import check_parameters
+from .conversion import to_deterministic, to_variational
 from .inference.divergence import kl_divergence
 from .inference.elbo import ELBO
 from .inference.likelihoods import Bernoulli, Categorical, Gaussian, HeteroscedasticGaussian
@@ -38,5 +39,5 @@ __all__ = [
     "VariationalMultiheadAttention", "VariationalRNN", "VariationalRNNCell", "__version__",
     "blundell_weights", "build_info", "check_parameters", "draw", "freeze", "functional", "kl_divergence",
     "linear_warmup", "mc_forward", "metrics", "plain", "plotting", "posterior", "predict", "prune",
-    "reference", "sampling", "set_prior", "signal_to_noise", "unfreeze",
+    "reference", "sampling", "set_prior", "signal_to_noise", "to_deterministic", "to_variational", "unfreeze",
 ]

@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "layers": ("checks", "operators", "priors"),
     "metrics": ("checks",),
     "inference": ("checks", "layers", "metrics", "operators", "priors"),
+    "conversion": ("checks", "inference", "layers", "priors"),
     "plotting": ("checks", "inference", "layers", "metrics", "priors"),
     "__init__": None,  # the public names, from everywhere
     "demos": None,

@@ -111,7 +111,7 @@ class VariationalMultiheadAttention(Counterpart):
 
     def __getattr__(self, name: str):
         if (name in self.__dict__.get("_fans", ()) or name == "out_proj") and asked_by_a_transformer():
-            return NO_WEIGHT
+            return NO_WEIGHT    # here, as the base looks at its own caller
         return super().__getattr__(name)
 
 

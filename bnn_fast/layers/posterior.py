@@ -12,6 +12,7 @@ from ..operators import functional
 from ..priors import Normal, as_normal, initialisation
 from ..priors.scales import sigma_of
 from . import steps
+from .fastpath import NO_WEIGHT, asked_by_a_transformer
 
 _KLS = {name: code for name, code in checks.KLS.items() if name is not None}
 
@@ -175,6 +176,8 @@ class Posterior(nn.Module):
             if kind != name:
                 rho = getattr(self, f"{kind}_rho")
                 return None if rho is None else _sigma(rho, self.scale)
+            if asked_by_a_transformer():
+                return NO_WEIGHT
             raise AttributeError(
                 f"{type(self).__name__} has no {name}: it draws one at every call. Its mean is {name}_mu, its standard deviation "
                 f"{name}_sigma; bnn_fast.draw(model, seed) gives one draw as an ordinary module")

@@ -9,7 +9,6 @@ from .. import checks
 from ..operators import autograd, functional, raw
 from ..priors import Normal
 from .base import VariationalLayer
-from .fastpath import NO_WEIGHT, asked_by_a_transformer
 
 
 class VariationalLinear(VariationalLayer):
@@ -90,11 +89,6 @@ class VariationalLinear(VariationalLayer):
         for name, w in self.weights(key).items():
             setattr(linear, name, nn.Parameter(w))
         return linear.train(self.training)
-
-    def __getattr__(self, name: str):
-        if (name == "weight" or name == "bias") and asked_by_a_transformer():
-            return NO_WEIGHT
-        return super().__getattr__(name)
 
     def extra_repr(self) -> str:
         return (f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias_mu is not None}, "

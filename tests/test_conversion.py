@@ -1,0 +1,166 @@
+"""Models converted to variational ones and back."""
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from test_recipes import run_readme
+from torch import nn
+
+import bnn_fast as bf
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(),
+                         nn.Sequential(nn.Linear(64, 8), nn.LayerNorm(8), nn.GELU()), nn.Linear(8, 3))
+
+
+X = torch.randn(5, 1, 4, 4, generator=torch.Generator().manual_seed(1))
+MODULES = {
+    "Linear": (lambda: nn.Linear(3, 2, bias=False), [(4, 3)]),
+    "Conv1d": (lambda: nn.Conv1d(4, 6, 3, 2, "valid", 1, 2, padding_mode="zeros"), [(2, 4, 7)]),
+    "Conv3d": (lambda: nn.Conv3d(2, 2, 2, padding=1, padding_mode="replicate"), [(2, 2, 3, 3, 3)]),
+    "ConvTranspose2d": (lambda: nn.ConvTranspose2d(2, 3, 3, 2, 1, 1, bias=False, dilation=2), [(2, 2, 4, 4)]),
+    "Bilinear": (lambda: nn.Bilinear(2, 3, 4), [(5, 2), (5, 3)]),
+    "GroupNorm": (lambda: nn.GroupNorm(2, 4, 1e-3), [(2, 4, 3)]),
+    "LayerNorm": (lambda: nn.LayerNorm(4, bias=False), [(2, 4)]),
+    "BatchNorm1d": (lambda: nn.BatchNorm1d(3, momentum=None), [(6, 3)]),
+    "RNN": (lambda: nn.RNN(3, 4, nonlinearity="relu", bias=False), [(5, 2, 3)]),
+    "LSTM": (lambda: nn.LSTM(3, 4, 2, batch_first=True, bidirectional=True, proj_size=2), [(2, 5, 3)]),
+    "GRUCell": (lambda: nn.GRUCell(3, 4, bias=False), [(2, 3)]),
+    "MultiheadAttention": (lambda: nn.MultiheadAttention(8, 2, add_bias_kv=True, kdim=3, vdim=5), [(4, 2, 8), (6, 2, 3), (6, 2, 5)]),
+}
+
+
+def first(y):
+    return y[0] if isinstance(y, tuple) else y
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections")
+@pytest.mark.parametrize("make, shapes", MODULES.values(), ids=MODULES)
+def test_each_layer_there_and_back(make, shapes):
+    torch.manual_seed(0)
+    module, inputs = make().double(), [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+    layer = bf.to_variational(module, init="moped", init_sigma=0.1)
+    assert type(layer) is getattr(bf, f"Variational{type(module).__name__}") and layer.training
+    back = bf.to_deterministic(layer)
+    assert type(back) is type(module) and repr(back) == repr(module)
+    assert torch.equal(first(back(*inputs)), first(module(*inputs)))
+    for pair in layer.pairs():
+        assert pair.mu.dtype == torch.float64
+        torch.testing.assert_close(getattr(layer, f"{pair.name}_sigma"), torch.full_like(pair.mu, 0.1))
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(first(layer(*inputs)), first(module(*inputs)))
+
+
+def test_a_whole_model_keeps_what_is_not_its_layers():
+    model, seen = network(), []
+    model[0].register_forward_hook(lambda *arguments: seen.append(len(seen)))
+    model[0].weight.requires_grad_(False)
+    model.eval()[4].train()
+    before = copy.deepcopy(model)
+    converted = bf.to_variational(model, init="moped")
+    assert [type(m).__name__ for m in converted.modules()][1:3] == ["VariationalConv2d", "VariationalBatchNorm2d"]
+    assert all(type(a) is type(b) for a, b in zip(model.modules(), before.modules()))
+    assert not converted[0].weight_mu.requires_grad and not converted[0].weight_rho.requires_grad
+    assert converted[1].weight_mu.requires_grad and not converted[1].training and converted[4][0].training
+    assert torch.equal(bf.to_deterministic(converted)(X), model(X)) and seen
+    assert torch.equal(converted[1].running_mean, model[1].running_mean)
+    count = len(seen)
+    converted(X)
+    assert len(seen) == count + 1
+    assert bf.to_variational(model, inplace=True) is model and isinstance(model[0], bf.VariationalConv2d)
+    bf.ELBO(model, bf.Categorical(), 5)(X, torch.zeros(5, dtype=torch.long)).backward()
+
+
+@pytest.mark.parametrize("layers, names", [
+    (None, ["0", "1", "4.0", "4.1", "5"]), ("last", ["5"]), ("4.*", ["4.0", "4.1"]), (["0", "5"], ["0", "5"]), (nn.Linear, ["4.0", "5"]),
+    ([nn.Conv2d, "4.1"], ["0", "4.1"]), (lambda name, module: name == "4.0", ["4.0"])], ids=str)
+def test_which_layers(layers, names):
+    converted = bf.to_variational(network(), layers)
+    assert [name for name, module in converted.named_modules() if isinstance(module, bf.VariationalLayer)] == names
+
+
+def test_moped():
+    model = network()
+    with torch.no_grad():
+        model[5].bias.zero_()
+    converted = bf.to_variational(model, "last", init="moped", delta=0.2, prior=lambda name, mean: bf.Normal(mean, 1.0), scale="exp")
+    layer = converted[5]
+    w = model[5].weight.detach()
+    assert torch.equal(layer.weight_mu, w) and torch.equal(layer.prior.loc, w) and layer.prior.scale == 1.0
+    large = w.abs() > 0.01
+    torch.testing.assert_close(layer.weight_sigma[large], 0.2 * w.abs()[large])
+    assert (layer.bias_sigma > 0).all() and layer.bias_rho.isfinite().all()  # zeros are not pruned
+    other = bf.to_variational(network(), "last", scale="exp")
+    other.load_state_dict(converted.state_dict())
+    torch.testing.assert_close(bf.kl_divergence(other), bf.kl_divergence(converted))
+    fresh = bf.to_variational(model, "last")
+    assert not torch.equal(fresh[5].weight_mu, w)  # a named initialisation begins anew
+
+
+def test_priors_and_options_by_pattern():
+    converted = bf.to_variational(network(), prior=bf.Normal(0.0, 2.0), bias_prior=bf.Normal(0.0, 3.0), init_sigma=0.05,
+                                  options={"4.*": {"kl": "sampled"}, "4.1": {"scale": "exp"}})
+    assert converted[4][0].kl == converted[4][1].kl == "sampled" and converted[5].kl == "analytic"
+    assert (converted[4][1].scale, converted[4][0].scale) == ("exp", "softplus")
+    assert converted[5].prior == bf.Normal(0.0, 2.0) and converted[5].bias_prior == bf.Normal(0.0, 3.0)
+    torch.testing.assert_close(converted[5].weight_sigma, torch.full((3, 8), 0.05))
+
+
+def test_ties_stay_tied():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3, bias=False))
+    model[1].weight = model[0].weight
+    converted = bf.to_variational(nn.Sequential(*model, model[0]), init="moped")
+    assert converted[0].weight_mu is converted[1].weight_mu and converted[0] is converted[2]
+    assert set(bf.posterior(converted)) == {"0.weight", "0.bias"}
+    x = torch.randn(2, 3)
+    with bf.sampling(converted, seed=1):
+        assert torch.equal(converted[0](x) - converted[0](torch.zeros(1, 3)), converted[0](x) - converted[0](torch.zeros(1, 3)))
+    torch.testing.assert_close(bf.draw(converted, 1)[0].weight, bf.draw(converted, 1)[1].weight)
+
+
+def test_a_transformer_trains_and_predicts():
+    model = nn.Transformer(8, 2, 1, 1, 16, dropout=0.0, batch_first=True)
+    source, target = torch.randn(2, 5, 8), torch.randn(2, 4, 8)
+    converted = bf.to_variational(model, init="moped")
+    torch.testing.assert_close(bf.to_deterministic(converted)(source, target), model(source, target))
+    converted(source, target).sum().backward()
+    assert all(p.grad is not None for p in converted.parameters())
+    converted.eval()
+    with torch.no_grad():
+        assert converted(source, target).shape == (2, 4, 8)
+    encoder = bf.to_variational(nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2,
+                                                      enable_nested_tensor=False), init="moped")
+    found = bf.predict(encoder, source, n_samples=3, seed=0)
+    torch.testing.assert_close(found.samples[2], bf.draw(encoder.eval(), 0, first_sample=2)(source), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("call, error, message", [
+    (lambda: bf.to_variational(network(), "6"), ValueError, "layers: expected names, patterns or classes of layers among 0, 1, 4.0"),
+    (lambda: bf.to_variational(network(), 3), TypeError, "layers: expected None, 'last', names"),
+    (lambda: bf.to_variational(network(), lambda name, module: True), ValueError, "layers: expected layers that have a counterpart"),
+    (lambda: bf.to_variational(nn.ReLU()), ValueError, r"bnn_fast\.Variational\(module\)"),
+    (lambda: bf.to_variational(nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))), ValueError, "parametrized: remove that"),
+    (lambda: bf.to_variational(nn.Linear(2, 2), inplace=True), ValueError, "inplace: expected False"),
+    (lambda: bf.to_variational(network(), init="best"), ValueError, "init: expected one of .*'moped'"),
+    (lambda: bf.to_variational(network(), prior=1.0), TypeError, "prior: expected a Normal or a function"),
+    (lambda: bf.to_variational(network(), delta=-1.0), ValueError, "delta: expected a positive finite number"),
+    (lambda: bf.to_variational(network(), sigma=1.0), TypeError, "sigma"),
+    (lambda: bf.to_variational([1]), TypeError, "model: expected an nn.Module")])
+def test_bad_arguments(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_readmes_lines_run():
+    torch.manual_seed(0)
+    backbone = nn.Sequential(nn.Linear(4, 8), nn.ReLU())
+    pretrained = nn.Sequential(backbone, nn.Linear(8, 3))
+    x, y = torch.randn(20, 4), torch.randint(3, (20,))
+    names = run_readme("A Bayesian last layer on a pretrained backbone, in ten lines", pretrained=pretrained, train_x=x, train_y=y,
+                       test_x=x, batches=[(x, y)] * 3)
+    assert names["prediction"].probs.shape == (20, 3)
+    assert torch.equal(names["model"][0][0].weight, backbone[0].weight)
