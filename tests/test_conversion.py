@@ -77,7 +77,8 @@ def test_a_whole_model_keeps_what_is_not_its_layers():
 
 @pytest.mark.parametrize("layers, names", [
     (None, ["0", "1", "4.0", "4.1", "5"]), ("last", ["5"]), ("4.*", ["4.0", "4.1"]), (["0", "5"], ["0", "5"]), (nn.Linear, ["4.0", "5"]),
-    ([nn.Conv2d, "4.1"], ["0", "4.1"]), (lambda name, module: name == "4.0", ["4.0"])], ids=str)
+    ([nn.Conv2d, "4.1"], ["0", "4.1"]), (lambda name, module: name == "4.0", ["4.0"])],
+    ids=["all", "last", "pattern", "names", "class", "several", "function"])
 def test_which_layers(layers, names):
     converted = bf.to_variational(network(), layers)
     assert [name for name, module in converted.named_modules() if isinstance(module, bf.VariationalLayer)] == names
