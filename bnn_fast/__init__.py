@@ -14,7 +14,7 @@ from .inference.prediction import ClassPrediction, GaussianPrediction, Predictio
 from .inference.pruning import prune, signal_to_noise
 from .inference.sampling import draw, freeze, mc_forward, sampling, unfreeze
 from .inference.schedules import blundell_weights, linear_warmup
-from .layers import VariationalLayer, VariationalLinear
+from .layers import VariationalEmbedding, VariationalEmbeddingBag, VariationalLayer, VariationalLinear
 from .operators import functional, reference
 from .operators.raw import plain
 from .priors import Normal, initialisation
@@ -25,8 +25,8 @@ for _module in (functional, initialisation, reference):
 
 __all__ = [
     "Bernoulli", "Categorical", "ClassPrediction", "ELBO", "Gaussian", "GaussianPrediction",
-    "HeteroscedasticGaussian", "Normal", "Prediction", "VariationalLayer", "VariationalLinear", "__version__", "blundell_weights",
-    "build_info", "check_parameters", "draw", "freeze", "functional", "kl_divergence", "linear_warmup",
-    "mc_forward", "metrics", "plain", "plotting", "posterior", "predict", "prune", "reference", "sampling", "set_prior",
+    "HeteroscedasticGaussian", "Normal", "Prediction", "VariationalEmbedding", "VariationalEmbeddingBag", "VariationalLayer",
+    "VariationalLinear", "__version__", "blundell_weights", "build_info", "check_parameters", "draw", "freeze",
+    "functional", "kl_divergence", "linear_warmup", "mc_forward", "metrics", "plain", "plotting", "posterior", "predict", "prune", "reference", "sampling", "set_prior",
     "signal_to_noise", "unfreeze",
 ]

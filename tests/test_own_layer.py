@@ -31,7 +31,7 @@ def test_its_draws_are_those_of_the_operator(twin):
     layer, x = Gabor(3, 8, dtype=torch.float64), torch.randn(5, 3, dtype=torch.float64)
     with bf.sampling(layer, seed=4):
         y = layer(x)
-        key = layer.mode().key
+        key = layer.drawing_mode().key
     weights = {pair.name: bf.functional.sample_normal(pair.mu, pair.rho, key, kl=None, stream=stream)[0]
                for stream, pair in enumerate(layer.pairs())}
     assert torch.equal(y, weights["amplitude"] * torch.sin(x @ weights["frequency"].T) + weights["bias"])

@@ -115,7 +115,7 @@ class Draws(sampling):
 
     def _around(self, layer: VariationalLayer) -> Mode | None:
         """What is decided already for the layer."""
-        mode = Mode(mean=True) if self.mean else layer.mode()
+        mode = Mode(mean=True) if self.mean else layer.drawing_mode()
         if mode.mean:
             if self.seed is not None:
                 raise ValueError("seed: expected None within sampling(mean=True), where nothing is drawn, "
@@ -203,7 +203,7 @@ def draw(model: nn.Module, seed: int | None = None, first_sample: int = 0, mean:
     with draws:
         if not mean:
             draws.move(first_sample, 1)
-        drawn = {id(layer): layer.drawn(layer.mode().key) for _, layer in layers}
+        drawn = {id(layer): layer.drawn(layer.drawing_mode().key) for _, layer in layers}
     # deepcopy takes what its memo holds for a layer wherever it meets the layer
     return copy.deepcopy(model, drawn)
 

@@ -2,6 +2,7 @@
 checks; nothing here knows of inference.
 """
 from .base import VariationalLayer
+from .embedding import VariationalEmbedding, VariationalEmbeddingBag
 from .variational_linear import VariationalLinear
 
-__all__ = ["VariationalLayer", "VariationalLinear"]
+__all__ = ["VariationalEmbedding", "VariationalEmbeddingBag", "VariationalLayer", "VariationalLinear"]
