@@ -27,6 +27,6 @@ __all__ = [
     "Bernoulli", "Categorical", "ClassPrediction", "ELBO", "Gaussian", "GaussianPrediction",
     "HeteroscedasticGaussian", "Normal", "Prediction", "VariationalEmbedding", "VariationalEmbeddingBag", "VariationalLayer",
     "VariationalLinear", "__version__", "blundell_weights", "build_info", "check_parameters", "draw", "freeze",
-    "functional", "kl_divergence", "linear_warmup", "mc_forward", "metrics", "plain", "plotting", "posterior", "predict", "prune", "reference", "sampling", "set_prior",
-    "signal_to_noise", "unfreeze",
+    "functional", "kl_divergence", "linear_warmup", "mc_forward", "metrics", "plain", "plotting", "posterior", "predict",
+    "prune", "reference", "sampling", "set_prior", "signal_to_noise", "unfreeze",
 ]
