@@ -18,7 +18,8 @@ from .inference.schedules import blundell_weights, linear_warmup
 from .layers import (
     Variational, VariationalBatchNorm1d, VariationalBatchNorm2d, VariationalBatchNorm3d, VariationalBilinear,
     VariationalConv1d, VariationalConv2d, VariationalConv3d, VariationalConvTranspose1d,
-    VariationalConvTranspose2d, VariationalConvTranspose3d, VariationalGRU, VariationalGRUCell,
+    VariationalConvTranspose2d, VariationalConvTranspose3d, VariationalEmbedding, VariationalEmbeddingBag,
+    VariationalGRU, VariationalGRUCell,
     VariationalGroupNorm, VariationalLSTM, VariationalLSTMCell, VariationalLayer, VariationalLayerNorm,
     VariationalLinear, VariationalMultiheadAttention, VariationalRNN, VariationalRNNCell)
 from .operators import functional, reference
@@ -34,7 +35,7 @@ __all__ = [
     "HeteroscedasticGaussian", "Normal", "Prediction", "Variational", "VariationalBatchNorm1d",
     "VariationalBatchNorm2d", "VariationalBatchNorm3d", "VariationalBilinear", "VariationalConv1d",
     "VariationalConv2d", "VariationalConv3d", "VariationalConvTranspose1d", "VariationalConvTranspose2d",
-    "VariationalConvTranspose3d", "VariationalGRU", "VariationalGRUCell", "VariationalGroupNorm",
+    "VariationalConvTranspose3d", "VariationalEmbedding", "VariationalEmbeddingBag", "VariationalGRU", "VariationalGRUCell", "VariationalGroupNorm",
     "VariationalLSTM", "VariationalLSTMCell", "VariationalLayer", "VariationalLayerNorm", "VariationalLinear",
     "VariationalMultiheadAttention", "VariationalRNN", "VariationalRNNCell", "__version__",
     "blundell_weights", "build_info", "check_parameters", "draw", "freeze", "functional", "kl_divergence",

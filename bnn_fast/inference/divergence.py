@@ -30,6 +30,9 @@ def kl_divergence(model: nn.Module, reduction: str = "sum") -> Tensor | dict[str
     A layer with kl="sampled" gives log q(w) - log p(w) at the weights of its latest call made with gradients
     on (the mean over its draws), where no recomputation under activation checkpointing counts; if there is
     none for the parameters as they are, at weights drawn now. Under torch.func nothing is handed over.
+
+    A table with kl_rows="batch" (see `VariationalEmbedding`) gives, with gradients on, the estimate made of the rows that its
+    latest such call looked up; with gradients off, for "none", and where there is no such call, the KL of all its rows.
     """
     checks.choice("reduction", reduction, checks.REDUCTIONS)
     checks.module("model", model)
@@ -91,9 +94,13 @@ def _pairs(layer: VariationalLayer, which: list[int] | None) -> list[Pair]:
 
 def _layer_kl(layer: VariationalLayer, which: list[int] | None, record: Record | None) -> list:
     """The KL of these pairs of the layer: calls to be read, or tensors."""
-    kl = None if record is None or which is not None else record.hand_over()
-    if kl is not None:
-        return list(kl)
+    if record is not None and which is None:
+        kl = record.hand_over()
+        if kl is not None:
+            return list(kl)
+        kl = layer.estimated_kl(record)
+        if kl is not None:
+            return [kl]
     if layer.kl == "analytic":
         return [_analytic(pair, layer.scale) for pair in _pairs(layer, which)]
     key, n_samples = _key(layer, record)

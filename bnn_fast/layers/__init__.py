@@ -7,6 +7,7 @@ from .bilinear import VariationalBilinear
 from .convolution import (
     VariationalConv1d, VariationalConv2d, VariationalConv3d, VariationalConvTranspose1d, VariationalConvTranspose2d,
     VariationalConvTranspose3d)
+from .embedding import VariationalEmbedding, VariationalEmbeddingBag
 from .normalisation import (
     VariationalBatchNorm1d, VariationalBatchNorm2d, VariationalBatchNorm3d, VariationalGroupNorm, VariationalLayerNorm)
 from .recurrent import (
@@ -17,7 +18,8 @@ from .variational_linear import VariationalLinear
 __all__ = [
     "Variational", "VariationalBatchNorm1d", "VariationalBatchNorm2d", "VariationalBatchNorm3d",
     "VariationalBilinear", "VariationalConv1d", "VariationalConv2d", "VariationalConv3d",
-    "VariationalConvTranspose1d", "VariationalConvTranspose2d", "VariationalConvTranspose3d", "VariationalGRU",
+    "VariationalConvTranspose1d", "VariationalConvTranspose2d", "VariationalConvTranspose3d", "VariationalEmbedding",
+    "VariationalEmbeddingBag", "VariationalGRU",
     "VariationalGRUCell", "VariationalGroupNorm", "VariationalLSTM", "VariationalLSTMCell", "VariationalLayer",
     "VariationalLayerNorm", "VariationalLinear", "VariationalMultiheadAttention", "VariationalRNN",
     "VariationalRNNCell"]

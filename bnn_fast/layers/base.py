@@ -193,14 +193,18 @@ class VariationalLayer(Posterior):
             return frozen
         return fresh_key(device, mode.first_sample)
 
-    def _remember(self, tensors: tuple, key: Tensor, n_samples: int, kl, compiling: bool) -> None:
+    def estimated_kl(self, record: Record) -> Tensor | None:
+        """The KL of a layer that estimates it from what the recorded call was given; None for all the others."""
+        return None
+
+    def _remember(self, tensors: tuple, key: Tensor, n_samples: int, kl, compiling: bool, given=None) -> None:
         """Keep the key and, with gradients on, the KL (see Record) of a call with these `_registered` tensors."""
         if "parametrizations" in self._modules:
             kl = None  # two backward passes would walk the parametrization twice
         state = self._state
         state.key = key
         if torch.is_grad_enabled():
-            state.record = Record(tensors, self.options(), key, n_samples, kl, compiling)
+            state.record = Record(tensors, self.options(), key, n_samples, kl, compiling, given)
         elif compiling:
             state.record = None  # it could not be told whether it still holds
 

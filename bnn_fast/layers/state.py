@@ -53,11 +53,12 @@ class Record:
 
     tensors: the registered parameters and the prior's buffers; options: whatever else the KL depends on. `versions` is
     None if torch.compile made the record: they cannot be compared within a region. `kl` is what there is of the KL: a tuple
-    of Calls, or of tensors (torch.compile), whose sum it is, or None (also when it was handed over).
+    of Calls, or of tensors (torch.compile), whose sum it is, or None (also when it was handed over). `given` is what
+    `estimated_kl` makes it of.
     """
-    __slots__ = ("tensors", "options", "versions", "pointers", "generation", "key", "n_samples", "kl")
+    __slots__ = ("tensors", "options", "versions", "pointers", "generation", "key", "n_samples", "kl", "given")
 
-    def __init__(self, tensors: tuple, options: tuple, key: Tensor, n_samples: int, kl, compiling: bool):
+    def __init__(self, tensors: tuple, options: tuple, key: Tensor, n_samples: int, kl, compiling: bool, given=None):
         self.tensors = tensors
         self.options = options
         self.versions = self.pointers = self.generation = None
@@ -67,6 +68,7 @@ class Record:
         self.key = key
         self.n_samples = n_samples
         self.kl = kl
+        self.given = given
 
     def belongs_to(self, tensors: tuple, options: tuple) -> bool:
         """Whether it was made with these tensors and they are, as far as one can know, unchanged."""

@@ -29,15 +29,30 @@ def standard_normal(
     One Philox counter (column / 4, row, sample, stream) makes the four normals of columns 4c to 4c + 3.
     """
 
-    def count(start, n, *shape):
-        return ((start + torch.arange(n, dtype=torch.int64, device=key.device)) & _WORD).reshape(*shape)
+    def count(n):
+        return torch.arange(n, dtype=torch.int64, device=key.device)
 
+    return standard_normal_of(key, count(samples).unsqueeze(-1), row_offset + count(rows), columns, stream=stream,
+                              column_offset=column_offset, dtype=dtype)
+
+
+def standard_normal_of(
+    key: Tensor,
+    samples: Tensor,
+    rows: Tensor,
+    columns: int,
+    *,
+    stream: int = 0,
+    column_offset: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """The noise [..., columns] of the rows and samples (int64 tensors [...] that broadcast) of these numbers."""
     first, last = column_offset // 4, (column_offset + columns + 3) // 4
     words = philox4x32(
         (
-            count(first, last - first, -1),
-            count(row_offset, rows, -1, 1),
-            count(key[1], samples, -1, 1, 1),
+            (first + torch.arange(last - first, dtype=torch.int64, device=key.device)) & _WORD,
+            (rows & _WORD).unsqueeze(-1),
+            ((key[1] + samples) & _WORD).unsqueeze(-1),
             torch.full((), stream, dtype=torch.int64, device=key.device),
         ),
         (key[0] & _WORD, (key[0] >> 32) & _WORD),

@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import checks
 from ..priors import Normal
 from ..priors.scales import log_sigma_of, sigma_of
-from .noise import standard_normal
+from .noise import standard_normal, standard_normal_of
 
 __all__ = ["variational_linear", "sample_normal", "kl_normal"]
 
@@ -74,6 +74,35 @@ def sampled_kl(mu, rho, key, *, prior=Normal(0.0, 1.0), scale="softplus", n_samp
     return posterior.sampled_kl(prior, drawn, eps).mean(0).to(mu.dtype)
 
 
+def sample_rows(mu, rho, rows, samples, key, *, scale="softplus", stream=0, look_up=F.embedding):
+    """Rows of a drawn table [V, D], without the rest of it: row rows[i] of the draw of number samples[i] that `key` stands for,
+    [..., D] in mu's dtype. A row asked for twice is the same twice.
+
+    rows, samples: int64 [...] that broadcast. look_up(rows, table) gives the rows of a table, and by its gradient decides on that.
+
+    This is the place of a kernel, and of the gradient of one.
+    """
+    return _sample_rows(mu, rho, rows, samples, key, scale, stream, look_up)[1].to(mu.dtype)
+
+
+def rows_kl(mu, rho, rows, samples, key, *, prior=Normal(0.0, 1.0), scale="softplus", kl="analytic", stream=0,
+            look_up=F.embedding):
+    """The KL of these rows [...], each summed over its columns; of "sampled" at what `sample_rows` gives."""
+    prior = Normal.unchecked(*(look_up(rows, p) if isinstance(p, Tensor) else p for p in (prior.loc, prior.scale)))
+    if kl == "analytic":
+        elements = _Posterior(look_up(rows, mu), look_up(rows, rho), scale).analytic_kl(prior)
+    else:
+        posterior, drawn, eps = _sample_rows(mu, rho, rows, samples, key, scale, stream, look_up)
+        elements = posterior.sampled_kl(prior, drawn, eps)
+    return elements.sum(-1)
+
+
+def _sample_rows(mu, rho, rows, samples, key, scale, stream, look_up):
+    posterior = _Posterior(look_up(rows, mu), look_up(rows, rho), scale)
+    eps = standard_normal_of(key, samples, rows, mu.shape[1], stream=stream, dtype=posterior.mu.dtype)
+    return posterior, posterior.draw(eps), eps
+
+
 def _draw(mu, rho, key, prior, scale, kl, samples, stream, row_offset, column_offset):
     """Draws [samples, *mu.shape] in mu's type, and their KL."""
     checks.choice("kl", kl, checks.KLS)
@@ -93,8 +122,7 @@ def _sample(mu, rho, key, scale, samples, stream, row_offset, column_offset):
     eps = standard_normal(key, samples, rows, columns, stream=stream, row_offset=row_offset,
                           column_offset=column_offset, dtype=posterior.mu.dtype)
     eps = eps.reshape(samples, *mu.shape)
-    drawn = torch.where(posterior.alive, posterior.mu + posterior.sigma * eps, posterior.mu.detach())
-    return posterior, drawn, eps
+    return posterior, posterior.draw(eps), eps
 
 
 class _Posterior:
@@ -111,6 +139,9 @@ class _Posterior:
         self._rho = rho.to(dtype).masked_fill(~self.alive, 0.0)
         self._scale = scale
         self.sigma = sigma_of(self._rho, scale).masked_fill(~self.alive, 0.0)
+
+    def draw(self, eps: Tensor) -> Tensor:
+        return torch.where(self.alive, self.mu + self.sigma * eps, self.mu.detach())
 
     def analytic_kl(self, prior: Normal) -> Tensor:
         """KL(N(mu, sigma^2) || N(m, t^2)) = log(t / sigma) + (sigma^2 + (mu - m)^2) / (2 t^2) - 1/2."""
