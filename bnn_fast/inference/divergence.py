@@ -8,6 +8,7 @@ from .. import checks
 from ..layers.base import Pair, VariationalLayer, named_layers
 from ..layers.state import Record
 from ..operators import autograd, functional, raw, reference
+from .sampling import Draws
 
 
 def kl_divergence(model: nn.Module, reduction: str = "sum") -> Tensor | dict[str, Tensor]:
@@ -36,7 +37,8 @@ def kl_divergence(model: nn.Module, reduction: str = "sum") -> Tensor | dict[str
     """
     checks.choice("reduction", reduction, checks.REDUCTIONS)
     checks.module("model", model)
-    owned = _owned(named_layers(model))
+    layers = named_layers(model)
+    owned = _owned(layers, [layer.identities() for _, layer in layers])
     checks.any_layers(model, owned, "the KL is 0")
     if reduction == "none":
         return {f"{name}.{pair.name}" if name else pair.name: value for name, layer, new in owned
@@ -49,12 +51,12 @@ def kl_divergence(model: nn.Module, reduction: str = "sum") -> Tensor | dict[str
     return total
 
 
-def kl_of_pass(model: nn.Module, layers: list) -> Tensor:
-    """The KL of the pass that the model's `layers` just made within the context of pinned keys that is around: it takes over what
-    that pass computed, and nothing that an earlier one left.
+def kl_of_pass(draws: Draws) -> Tensor:
+    """The KL of the pass that a model just made within the context of pinned keys that is around: it takes over what that pass
+    computed, and nothing that an earlier one left.
     """
     compiling = torch.compiler.is_compiling()  # a record that holds is then the region's own
-    return _total(model, _owned(layers), lambda layer, record: record is not None
+    return _total(draws.model, _owned(draws.layers, draws.identities), lambda layer, record: record is not None
                   and (compiling or record.key is layer.drawing_mode().key))
 
 
@@ -75,11 +77,11 @@ def _total(model: nn.Module, owned: list, holds) -> Tensor:
     return total
 
 
-def _owned(layers: list[tuple[str, VariationalLayer]]) -> list[tuple[str, VariationalLayer, list[int] | None]]:
+def _owned(layers: list[tuple[str, VariationalLayer]],
+           identities: list[list[tuple[int, ...]]]) -> list[tuple[str, VariationalLayer, list[int] | None]]:
     """(name, layer, which of its pairs no layer before it has; None for all)."""
     seen, owned = set(), []
-    for name, layer in layers:
-        pairs = layer.identities()
+    for (name, layer), pairs in zip(layers, identities):
         new = [i for i, pair in enumerate(pairs) if pair not in seen]
         seen.update(pairs)
         if new:

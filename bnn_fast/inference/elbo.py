@@ -84,11 +84,11 @@ class ELBO(nn.Module):
         checks.batch("x", x)
         with Draws(self.model, n_samples, self.seed) as draws:
             if self.vectorized:
-                return repeated(self.model, x, n_samples), kl_of_pass(self.model, draws.layers)
+                return repeated(self.model, x, n_samples), kl_of_pass(draws)
             outputs, kls = [], []
             for s in range(n_samples):
                 outputs.append(single(self.model, x, draws, s))
-                kls.append(kl_of_pass(self.model, draws.layers))  # a sampled one is that of this draw
+                kls.append(kl_of_pass(draws))  # a sampled one is that of this draw
             return torch.stack(outputs), sum(kls) / n_samples
 
     def _weight(self, dtype: torch.dtype) -> float | Tensor:

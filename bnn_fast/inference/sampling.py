@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..layers.base import VariationalLayer, named_layers
-from ..layers.modes import Mode, enter, innermost, leave
-from ..layers.state import fresh_key, fresh_keys
+from ..layers.modes import Entry, Mode, enter, innermost, leave, stack
+from ..layers.state import fresh_keys
 from .seeds import first_with_parameters, layer_seeds
 
 __all__ = ["sampling", "mc_forward", "draw", "freeze", "unfreeze"]
@@ -27,7 +27,7 @@ class sampling:
             order of calls. A layer's own seed comes from sha256 of (seed, its qualified name in `model`),
             where the names that torch's wrappers add (`module.`, `_orig_mod.` and so on) do not count. Without
             a seed every call of a layer draws anew.
-        first_sample: number of the first draw: draw s of this context is draw s + first_sample of the seed.
+        first_sample: number of the first draw: draw s of this context is draw s + first_sample of the seed. Nothing without a seed.
         mean: use the means of the weights and draw nothing.
         pinned: without a seed, draw on entering, and keep that draw to the end: one network for a recurrent loop.
 
@@ -53,10 +53,11 @@ class sampling:
                              f"given n_samples={n_samples}, seed={seed}, pinned={pinned}")
         self.model, self.n_samples, self.seed = model, n_samples, seed
         self.first_sample, self.mean, self.pinned = first_sample, mean, pinned
-        self._entries: list = []
+        self._entries: list[Entry] = []
 
     def __enter__(self):
         self.layers = layers = named_layers(self.model)
+        self.identities = [layer.identities() for _, layer in layers]
         self._entries.append(enter([layer for _, layer in layers], self._modes(layers)))
         return self
 
@@ -71,17 +72,11 @@ class sampling:
         """How each of the layers is to draw."""
         if self.seed is None and not self.pinned:
             return [Mode(self.n_samples, self.first_sample, None, self.mean)] * len(layers)
-        owners = first_with_parameters(layers)
+        owners = first_with_parameters(self.identities)
         own = {first: layers[first][1].device for first in owners}
-        keys = self._fresh(own) if self.seed is None else self._of_seed(own, [name for name, _ in layers])
-        return [Mode(self.n_samples, self.first_sample, keys[first]) for first in owners]
-
-    def _fresh(self, devices: dict[int, torch.device]) -> dict[int, Tensor]:
-        keys = {}
-        for device in dict.fromkeys(devices.values()):  # all keys of a device at once: launches are what a small network costs
-            there = [i for i in devices if devices[i] == device]
-            keys.update(zip(there, fresh_keys(len(there), device, self.first_sample)))
-        return keys
+        keys = _fresh(own) if self.seed is None else self._of_seed(own, [name for name, _ in layers])
+        modes = {first: Mode(self.n_samples, self.first_sample, key) for first, key in keys.items()}
+        return [modes[first] for first in owners]
 
     def _of_seed(self, devices: dict[int, torch.device], names: list[str]) -> dict[int, Tensor]:
         seeds, keys = layer_seeds(names, self.seed), {}
@@ -90,6 +85,14 @@ class sampling:
             keys[i] = torch.full((2,), self.first_sample, dtype=torch.int64, device=device)
             keys[i][:1].fill_(seeds[i])
         return keys
+
+
+def _fresh(devices: dict[int, torch.device]) -> dict[int, Tensor]:
+    keys = {}
+    for device in dict.fromkeys(devices.values()):  # all keys of a device at once: launches are what a small network costs
+        there = [i for i in devices if devices[i] == device]
+        keys.update(zip(there, fresh_keys(len(there), device)))
+    return keys
 
 
 def checked_seed(seed) -> int | None:
@@ -105,16 +108,19 @@ class Draws(sampling):
     """
 
     def __init__(self, model: nn.Module, n_samples: int, seed: int | None, mean: bool = False, frozen: bool = False):
-        super().__init__(model, 1 if mean else n_samples, seed, mean=mean, pinned=not mean)
+        self.model, self.n_samples, self.seed = model, 1 if mean else n_samples, checked_seed(seed)
+        self.first_sample, self.mean, self.pinned = 0, mean, not mean
         self._frozen = frozen
+        self._entries = []
 
     def _modes(self, layers: list[tuple[str, VariationalLayer]]) -> list[Mode]:
-        found = [self._around(layer) for _, layer in layers]
+        nothing = not (self.mean or self._frozen or torch.compiler.is_compiling() or stack())
+        found = [None] * len(layers) if nothing else [self._around(layer) for _, layer in layers]
         if None in found:
             drawn = super()._modes(layers)
             found = [mode or new for mode, new in zip(found, drawn)]
         self._first = found
-        self.any = not all(mode.one for mode in found)
+        self.any = False in [mode.one for mode in found]
         self.one = bool(found) and not self.any
         return found
 
@@ -145,7 +151,7 @@ class Draws(sampling):
             if not mode.one:
                 first = mode.first_sample + first_sample
                 key = mode.key.clone()  # earlier draws' backward passes read theirs
-                key[1:].fill_(first)
+                key[1:].add_(first_sample)
                 mode = mode._replace(n_samples=n_samples, first_sample=first, key=key)
             modes.append(mode._replace(repeatable=repeatable))
         self._entries[-1].put(modes)
@@ -223,9 +229,9 @@ def freeze(model: nn.Module) -> None:
     checks.module("model", model)
     layers = named_layers(model)
     with torch.inference_mode(False):  # the key is to serve in training, too
-        for (_, layer), first in zip(layers, first_with_parameters(layers)):
+        for (_, layer), first in zip(layers, first_with_parameters([layer.identities() for _, layer in layers])):
             key = layers[first][1]._state.key
-            layer.frozen_key = fresh_key(layer.device, 0) if key is None else key.to(layer.device, copy=True)
+            layer.frozen_key = fresh_keys(1, layer.device)[0] if key is None else key.to(layer.device, copy=True)
 
 
 def unfreeze(model: nn.Module) -> None:

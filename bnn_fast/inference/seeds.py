@@ -25,7 +25,7 @@ def layer_seeds(names: list[str], seed: int) -> list[int]:
 layer_seeds._dynamo_marked_constant = True
 
 
-def first_with_parameters(layers: list) -> list[int]:
-    """For each of named_layers the index of the first one with the same parameters."""
+def first_with_parameters(identities: list[list[tuple[int, ...]]]) -> list[int]:
+    """For each layer the index of the first one with the same parameters, by the layers' `identities()`."""
     first = {}
-    return [first.setdefault(next(iter(layer.identities()), id(layer)), i) for i, (_, layer) in enumerate(layers)]
+    return [first.setdefault(pairs[0] if pairs else i, i) for i, pairs in enumerate(identities)]

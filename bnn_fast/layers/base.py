@@ -11,7 +11,7 @@ from . import checkpoint as checkpoint_of_layer
 from .drawn import Drawn
 from .modes import ORDINARY, Mode, checkpoint, entered, stack, top_hooks
 from .posterior import Pair, Posterior
-from .state import Local, Record, Shared, State, fresh_key
+from .state import Local, Record, Shared, State, fresh_keys
 
 _graph_task = torch._C._current_graph_task_id
 _tracing = torch._C._get_tracing_state
@@ -150,8 +150,10 @@ class VariationalLayer(Posterior):
 
     @property
     def device(self) -> torch.device:
-        there = (tensor.device for tensor in self.tensors() if tensor is not None)
-        return next(there, torch.device("cpu"))  # without any nothing is drawn
+        for tensor in self.tensors():
+            if tensor is not None:
+                return tensor.device
+        return torch.device("cpu")  # nothing is drawn
 
     def identities(self) -> list[tuple[int, ...]]:
         """For each pair what tells it from those of other layers, as long as the layers live."""
@@ -191,7 +193,7 @@ class VariationalLayer(Posterior):
         frozen = self._buffers["frozen_key"]
         if frozen is not None and not mode.explicit:
             return frozen
-        return fresh_key(device, mode.first_sample)
+        return fresh_keys(1, device)[0]
 
     def estimated_kl(self, record: Record) -> Tensor | None:
         """The KL of a layer that estimates it from what the recorded call was given; None for all the others."""
@@ -241,5 +243,18 @@ def _after_loading(layer: VariationalLayer, incompatible_keys) -> None:
 
 
 def named_layers(model: nn.Module) -> list[tuple[str, VariationalLayer]]:
-    """(qualified name, layer) of each variational layer in `model`, under its first name."""
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, VariationalLayer)]
+    """(qualified name, layer) of each variational layer in `model`, under its first name: as of model.named_modules(), which takes
+    three times as long.
+    """
+    found: list[tuple[str, VariationalLayer]] = []
+    _collect(model, "", set(), found)
+    return found
+
+
+def _collect(module: nn.Module, name: str, seen: set[nn.Module], found: list[tuple[str, VariationalLayer]]) -> None:
+    seen.add(module)
+    if isinstance(module, VariationalLayer):
+        found.append((name, module))
+    for key, child in module._modules.items():
+        if child is not None and child not in seen:
+            _collect(child, f"{name}.{key}" if name else key, seen, found)

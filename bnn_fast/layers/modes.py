@@ -86,9 +86,10 @@ def leave(entry: Entry) -> bool:
     entries = [e for e in stack() if e.active]
     proper = bool(entries) and entries[-1] is entry
     entry.active = False
-    _stack.set(tuple(e for e in entries if e is not entry))
+    others = tuple([e for e in entries if e is not entry])
+    _stack.set(others)
     for layer in entry.layers:
-        layer._state.mode = entered(layer) or ORDINARY
+        layer._state.mode = entered(layer) or ORDINARY if others else ORDINARY
     return proper
 
 

@@ -107,17 +107,10 @@ def pointers(tensors: tuple) -> list:
     return [None if t is None else t.data_ptr() for t in tensors]
 
 
-def fresh_key(device: torch.device, first_sample: int) -> Tensor:
-    """A key from the device's default generator, made without a look at the device's memory."""
+def fresh_keys(count: int, device: torch.device) -> tuple[Tensor, ...]:
+    """Keys from the device's default generator, made in one launch without a look at the device's memory. The number of the first
+    sample is random as the seed is: nobody knows it, and it takes no launch of its own.
+    """
     if autograd.nodes is not None and device.type == "cpu" and not autograd.transformed() and not _modes():
-        return autograd.nodes.fresh_key(first_sample)
-    key = torch.randint(_LOWEST, _HIGHEST, (2,), device=device)
-    key.select(0, 1).fill_(first_sample)
-    return key
-
-
-def fresh_keys(count: int, device: torch.device, first_sample: int) -> tuple[Tensor, ...]:
-    """The keys that so many calls of `fresh_key` would give on a CPU, for two launches in all."""
-    keys = torch.randint(_LOWEST, _HIGHEST, (count, 2), device=device)
-    keys.select(1, 1).fill_(first_sample)
-    return keys.unbind()
+        return autograd.nodes.fresh_keys(count)
+    return torch.randint(_LOWEST, _HIGHEST, (count, 2), device=device).unbind()

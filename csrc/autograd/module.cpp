@@ -29,16 +29,18 @@ c10::intrusive_ptr<Call> call_of(const Operator& op, const py::tuple& arguments)
   return c10::make_intrusive<Call>(op, std::move(values));
 }
 
-// torch.randint(-2^63, 2^63 - 1, (2,)) with its second number replaced: the same numbers of the same generator, in one step.
-at::Tensor fresh_key(int64_t first_sample) {
-  at::Tensor key = at::empty({2}, at::kLong);
+// torch.randint(-2^63, 2^63 - 1, (count, 2)).unbind(): the same numbers of the same generator, in one step.
+py::tuple fresh_keys(size_t count) {
   auto* generator = at::check_generator<at::CPUGeneratorImpl>(at::detail::getDefaultCPUGenerator());
   std::lock_guard<std::mutex> lock(generator->mutex_);
-  uint64_t word = generator->random64() % UINT64_MAX;
-  generator->random64();
-  key.mutable_data_ptr<int64_t>()[0] = static_cast<int64_t>(word + (uint64_t(1) << 63));
-  key.mutable_data_ptr<int64_t>()[1] = first_sample;
-  return key;
+  py::tuple keys(count);
+  for (size_t i = 0; i < count; ++i) {
+    at::Tensor key = at::empty({2}, at::kLong);
+    for (int64_t* word : {key.mutable_data_ptr<int64_t>(), key.mutable_data_ptr<int64_t>() + 1})
+      *word = static_cast<int64_t>(generator->random64() % UINT64_MAX + (uint64_t(1) << 63));
+    keys[i] = py::cast(std::move(key));
+  }
+  return keys;
 }
 
 c10::OperatorHandle handle_of(const std::string& name) { return c10::Dispatcher::singleton().findSchemaOrThrow(name.c_str(), ""); }
@@ -64,7 +66,7 @@ PYBIND11_MODULE(_autograd, m) {
     }
     return std::make_pair(std::move(y), std::move(call));
   }));
-  m.def("fresh_key", &fresh_key);
+  m.def("fresh_keys", &fresh_keys);
   m.def("kl", torch::wrap_pybind_function([](const Operator& op, const py::tuple& arguments) {
     auto call = call_of(op, arguments);
     py::gil_scoped_release release;
