@@ -13,7 +13,8 @@
 
 namespace bnn_fast {
 
-// Weights that are worth a second thread.
+// Weights that are worth a second thread. Measured on two cores with AVX2, drawing and its backward: 16,384 weights take on two
+// threads 0.6 of the time on one, and beside two busy processes 0.3 to 0.8 (medians).
 constexpr int64_t kGrainWeights = 8192;
 
 template <class Problem>
