@@ -18,8 +18,7 @@
 //   Tensor kl()
 #pragma once
 
-#include "divergence.h"
-#include "tensors.h"
+#include "arguments.h"
 
 namespace bnn_fast {
 
@@ -31,22 +30,20 @@ struct LinearArguments {
   std::optional<PosteriorTensors> bias;
   int64_t divergence, samples;
 
-  LinearArguments(const Tensor& weight_mu, const Tensor& weight_rho, const OptionalTensor& bias_mu, const OptionalTensor& bias_rho,
-                  const OptionalTensor& key, const PriorArguments& weight_prior, const PriorArguments& bias_prior, int64_t scale,
-                  int64_t kl, int64_t n_samples, int64_t row_offset, int64_t column_offset)
-      : weight(make_posterior(weight_mu, weight_rho, key, weight_prior, scale, 0, row_offset, column_offset)),
-        divergence(kl),
-        samples(n_samples) {
-    check_divergence(kl);
-    check_samples(n_samples);
+  LinearArguments(const Lists& lists, const OptionalTensor& key, const Options& options)
+      : weight(lists.pair(0, key, options)), divergence(options.divergence), samples(options.samples) {
+    const Tensor& weight_mu = lists.posterior[0];
     STD_TORCH_CHECK(weight_mu.dim() == 2, "weight_mu has shape ", describe(shape_of(weight_mu)), ", expected [out, in]");
-    STD_TORCH_CHECK(bias_mu.has_value() == bias_rho.has_value(), "bias_mu and bias_rho are to be given together");
-    if (!bias_mu) return;
-    STD_TORCH_CHECK(bias_mu->sizes() == Shape{weight_mu.size(0)} && bias_mu->scalar_type() == weight_mu.scalar_type(),
-                    "bias_mu has shape ", describe(shape_of(*bias_mu)), ", expected [", weight_mu.size(0),
+    if (!lists.has(1)) return;
+    const Tensor& bias_mu = lists.posterior[2];
+    STD_TORCH_CHECK(bias_mu.sizes() == Shape{weight_mu.size(0)} && bias_mu.scalar_type() == weight_mu.scalar_type(),
+                    "bias_mu has shape ", describe(shape_of(bias_mu)), ", expected [", weight_mu.size(0),
                     "] and weight_mu's dtype");
-    // A bias is one row; its columns are the weight's rows.
-    bias = make_posterior(*bias_mu, *bias_rho, key, bias_prior, scale, 1, 0, row_offset);
+    Options of_bias = options;  // one row; its columns are the weight's rows
+    of_bias.stream = options.stream + 1;
+    of_bias.row_offset = 0;
+    of_bias.column_offset = options.row_offset;
+    bias = lists.pair(1, key, of_bias);
   }
 
   int64_t outputs() const { return weight.view.rows; }
@@ -122,9 +119,10 @@ template <class Device> Tensor drawn_forward(Device& device, const LinearArgumen
   return y;
 }
 
-// Those that do not apply stay empty.
+// x's stays empty where it is not needed.
 struct LinearGradients {
-  Tensor x, weight_mu, weight_rho, bias_mu, bias_rho;
+  Tensor x, weight_mu, weight_rho;
+  OptionalTensor bias_mu, bias_rho;
 };
 
 // What is left of the backward once the bias's gradient is known, by sample: [samples, out], or null.
@@ -133,7 +131,7 @@ void bias_backward(Device& device, const LinearArguments& a, const void* grad_bi
                    LinearGradients& grads) {
   if (!a.bias) return;
   device.sample_backward(SampleBackward{a.bias->view, static_cast<int>(a.divergence), a.samples, grad_bias, type, grad_kl,
-                                        grads.bias_mu.mutable_data_ptr(), grads.bias_rho.mutable_data_ptr()});
+                                        grads.bias_mu->mutable_data_ptr(), grads.bias_rho->mutable_data_ptr()});
 }
 
 template <class Device>
@@ -183,19 +181,17 @@ void drawn_backward(Device& device, const LinearArguments& a, const Tensor& x, c
 
 // The regime that both operators choose for a layer of these weights on x.
 template <class Device> int64_t linear_regime(const Tensor x, const Tensor weight_mu, int64_t n_samples) {
-  LinearArguments a(weight_mu, weight_mu, {}, {}, {}, {{}, {}, 0, 1}, {{}, {}, 0, 1}, kSoftplus, kNone, n_samples, 0, 0);
+  Tensors posterior{weight_mu, weight_mu};
+  Tensors prior;
+  Numbers numbers{0, 1};
+  LinearArguments a(Lists(posterior, prior, numbers, true), {}, options_of({kSoftplus, 0, kNone, n_samples, 0, 0, 0}));
   return static_cast<int64_t>(Device::choose(a.weight.view, x.scalar_type(), n_samples, a.check_input(x)));
 }
 
 template <class Device>
-std::tuple<Tensor, Tensor> variational_linear(const Tensor x, const Tensor weight_mu, const Tensor weight_rho,
-                                              OptionalTensor bias_mu, OptionalTensor bias_rho, const Tensor key,
-                                              OptionalTensor weight_loc, OptionalTensor weight_sd, OptionalTensor bias_loc,
-                                              OptionalTensor bias_sd, double loc, double sd, double bias_loc_number,
-                                              double bias_sd_number, int64_t scale, int64_t kl, int64_t n_samples,
-                                              int64_t row_offset, int64_t column_offset) {
-  LinearArguments a(weight_mu, weight_rho, bias_mu, bias_rho, key, {weight_loc, weight_sd, loc, sd},
-                    {bias_loc, bias_sd, bias_loc_number, bias_sd_number}, scale, kl, n_samples, row_offset, column_offset);
+std::tuple<Tensor, Tensor> variational_linear(const Tensor& x, const Tensors& posterior, const Tensor& key,
+                                              const Tensors& prior, const Numbers& numbers, const Integers& options) {
+  LinearArguments a(Lists(posterior, prior, numbers, true), key, options_of(options));
   int64_t batch = a.check_input(x);
   Device device(a);
   device.regime = Device::choose(a.weight.view, x.scalar_type(), a.samples, batch);
@@ -204,21 +200,20 @@ std::tuple<Tensor, Tensor> variational_linear(const Tensor x, const Tensor weigh
 }
 
 template <class Device>
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> variational_linear_backward(
-    OptionalTensor grad_y, OptionalTensor grad_kl, OptionalTensor x, const Tensor weight_mu, const Tensor weight_rho,
-    OptionalTensor bias_mu, OptionalTensor bias_rho, const Tensor key, OptionalTensor weight_loc, OptionalTensor weight_sd,
-    OptionalTensor bias_loc, OptionalTensor bias_sd, double loc, double sd, double bias_loc_number, double bias_sd_number,
-    int64_t scale, int64_t kl, int64_t n_samples, int64_t row_offset, int64_t column_offset, bool need_grad_x) {
-  LinearArguments a(weight_mu, weight_rho, bias_mu, bias_rho, key, {weight_loc, weight_sd, loc, sd},
-                    {bias_loc, bias_sd, bias_loc_number, bias_sd_number}, scale, kl, n_samples, row_offset, column_offset);
+Tensors variational_linear_backward(const OptionalTensors& given, const OptionalTensor& x, const Tensors& posterior,
+                                    const Tensor& key, const Tensors& prior, const Numbers& numbers,
+                                    const Integers& options, bool need_grad_x) {
+  LinearArguments a(Lists(posterior, prior, numbers, true), key, options_of(options));
+  check_gradients(given, {"grad_y", "grad_kl"});
+  const OptionalTensor &grad_y = given[0], &grad_kl = given[1];
   STD_TORCH_CHECK(x || !grad_y, "x is absent, expected it with grad_y");
+  const Tensor& weight_mu = posterior[0];
   if (grad_kl) check_gradient(*grad_kl, "grad_kl", {}, compute_type(weight_mu.scalar_type()), weight_mu);
   KlGradient k = make_kl_gradient(grad_kl, false);
   Device device(a);
   auto like = [&](const Tensor& t) { return device.empty(t, shape_of(t), t.scalar_type()); };
-  auto none = [&] { return empty_of(weight_mu, {0}, weight_mu.scalar_type()); };  // outputs may not alias
-  LinearGradients grads{none(), like(weight_mu), like(weight_mu), a.bias ? like(*bias_mu) : none(),
-                        a.bias ? like(*bias_mu) : none()};
+  LinearGradients grads{empty_of(weight_mu, {0}, weight_mu.scalar_type()), like(weight_mu), like(weight_mu), {}, {}};
+  if (a.bias) grads.bias_mu = like(posterior[2]), grads.bias_rho = like(posterior[2]);
   if (grad_y) {
     int64_t batch = a.check_input(*x);
     Shape shape = a.output_shape(*x);
@@ -229,11 +224,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> variational_linear_backward(
     else
       device.fused_backward(a, dense(*x), *grad_y, k, need_grad_x, batch, grads);
   } else {
-    device.sample_backward(SampleBackward{a.weight.view, static_cast<int>(kl), n_samples, nullptr, a.weight.view.type, k,
-                                          grads.weight_mu.mutable_data_ptr(), grads.weight_rho.mutable_data_ptr()});
+    device.sample_backward(SampleBackward{a.weight.view, static_cast<int>(a.divergence), a.samples, nullptr, a.weight.view.type,
+                                          k, grads.weight_mu.mutable_data_ptr(), grads.weight_rho.mutable_data_ptr()});
     bias_backward(device, a, nullptr, a.weight.view.type, k, grads);
   }
-  return {grads.x, grads.weight_mu, grads.weight_rho, grads.bias_mu, grads.bias_rho};
+  if (!a.bias) return {grads.x, grads.weight_mu, grads.weight_rho};
+  return {grads.x, grads.weight_mu, grads.weight_rho, *grads.bias_mu, *grads.bias_rho};
 }
 
 }  // namespace bnn_fast

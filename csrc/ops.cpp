@@ -1,35 +1,41 @@
 // The operators' schemas, in one place. Implementations: cpu/*.cpp and cuda/*.cpp; fakes: bnn_fast/operators/raw.py; gradients:
-// bnn_fast/operators/autograd.py.
+// bnn_fast/operators/autograd.py. What belongs together travels in one list, packed by bnn_fast/operators/arguments.py and
+// unpacked by arguments.h:
 //
-//   scale  0 softplus, 1 exp, 2 sqrt_exp (posterior.h)        kl  0 none, 1 analytic, 2 sampled (divergence.h)
-//   key    int64 [2] = (seed, first sample), on the tensors' device
-//   prior  N(loc, sd^2): tensors of mu's shape where given, the numbers otherwise
+//   posterior  mu, rho; of a layer weight_mu, weight_rho, and bias_mu, bias_rho where it has a bias
+//   key        int64 [2] = (seed, first sample), on the tensors' device
+//   numbers    for each mu and rho loc and scale of the prior N(loc, scale^2)
+//   prior      those of loc and scale that are tensors, of mu's shape, instead
+//   options    scale   0 softplus, 1 exp, 2 sqrt_exp (posterior.h)
+//              places  bit i is set where one of prior's tensors, the next, takes the place of numbers[i]
+//              of what draws
+//                kl   0 none, 1 analytic, 2 sampled (divergence.h)
+//                n_samples
+//                stream, row_offset, column_offset of the noise; a layer's bias has the stream behind its weight's
+//              of the KL without a draw
+//                reduce  1 for the sum, 0 for every element
+//   grads      of the results in their order, None for one that nobody uses
+//
+// A backward gives the gradients of x, if there is one, and of each tensor of the posterior.
 #include "tensors.h"
 
 BNN_FAST_DEFINE(BNN_FAST_LIBRARY, m) {
   m.def(
-      "_sample_normal(Tensor mu, Tensor rho, Tensor key, Tensor? prior_loc, Tensor? prior_scale, float loc, float prior_sd, "
-      "int scale, int kl, int n_samples, int stream, int row_offset, int column_offset) -> (Tensor weight, Tensor kl_sum)");
+      "_sample_normal(Tensor[] posterior, Tensor key, Tensor[] prior, float[] numbers, int[] options) -> "
+      "(Tensor weight, Tensor kl_sum)");
   m.def(
-      "_sample_normal_backward(Tensor? grad_weight, Tensor? grad_kl, Tensor mu, Tensor rho, Tensor key, Tensor? prior_loc, "
-      "Tensor? prior_scale, float loc, float prior_sd, int scale, int kl, int n_samples, int stream, int row_offset, "
-      "int column_offset) -> (Tensor grad_mu, Tensor grad_rho)");
+      "_sample_normal_backward(Tensor?[] grads, Tensor[] posterior, Tensor key, Tensor[] prior, float[] numbers, "
+      "int[] options) -> Tensor[]");
+  m.def("_kl_normal(Tensor[] posterior, Tensor[] prior, float[] numbers, int[] options) -> Tensor");
   m.def(
-      "_kl_normal(Tensor mu, Tensor rho, Tensor? prior_loc, Tensor? prior_scale, float loc, float prior_sd, int scale, "
-      "bool reduce) -> Tensor");
+      "_kl_normal_backward(Tensor?[] grads, Tensor[] posterior, Tensor[] prior, float[] numbers, int[] options) -> Tensor[]");
   m.def(
-      "_kl_normal_backward(Tensor grad, Tensor mu, Tensor rho, Tensor? prior_loc, Tensor? prior_scale, float loc, "
-      "float prior_sd, int scale, bool reduce) -> (Tensor grad_mu, Tensor grad_rho)");
+      "_variational_linear(Tensor x, Tensor[] posterior, Tensor key, Tensor[] prior, float[] numbers, int[] options) -> "
+      "(Tensor y, Tensor kl_sum)");
+  // x may be absent where y has no gradient; its own gradient is empty where it is not needed.
   m.def(
-      "_variational_linear(Tensor x, Tensor weight_mu, Tensor weight_rho, Tensor? bias_mu, Tensor? bias_rho, Tensor key, "
-      "Tensor? weight_loc, Tensor? weight_sd, Tensor? bias_loc, Tensor? bias_sd, float loc, float sd, float bias_loc_number, "
-      "float bias_sd_number, int scale, int kl, int n_samples, int row_offset, int column_offset) -> (Tensor y, Tensor kl_sum)");
-  m.def(
-      "_variational_linear_backward(Tensor? grad_y, Tensor? grad_kl, Tensor? x, Tensor weight_mu, Tensor weight_rho, "
-      "Tensor? bias_mu, Tensor? bias_rho, Tensor key, Tensor? weight_loc, Tensor? weight_sd, Tensor? bias_loc, Tensor? bias_sd, "
-      "float loc, float sd, float bias_loc_number, float bias_sd_number, int scale, int kl, int n_samples, int row_offset, "
-      "int column_offset, bool need_grad_x) -> (Tensor grad_x, Tensor grad_weight_mu, Tensor grad_weight_rho, "
-      "Tensor grad_bias_mu, Tensor grad_bias_rho)");
+      "_variational_linear_backward(Tensor?[] grads, Tensor? x, Tensor[] posterior, Tensor key, Tensor[] prior, "
+      "float[] numbers, int[] options, bool need_grad_x) -> Tensor[]");
   // 0 small (the CPU's narrow.h, CUDA's small_linear*), 1 fused, 2 drawn (layer.h)
   m.def("_linear_regime(Tensor x, Tensor weight_mu, int n_samples) -> int");
 }

@@ -7,70 +7,71 @@
 //   backward(SampleBackward), kl_elements(KlElements)               run these kernels
 #pragma once
 
-#include "divergence.h"
-#include "tensors.h"
+#include "arguments.h"
 
 namespace bnn_fast {
 
 template <class Device> struct SampleNormal {
-  static std::tuple<Tensor, Tensor> forward(const Tensor mu, const Tensor rho, const Tensor key, OptionalTensor prior_loc,
-                                            OptionalTensor prior_scale, double loc, double prior_sd, int64_t scale, int64_t kl,
-                                            int64_t n_samples, int64_t stream, int64_t row_offset, int64_t column_offset) {
-    check_divergence(kl);
-    check_samples(n_samples);
+  static std::tuple<Tensor, Tensor> forward(const Tensors& posterior, const Tensor& key, const Tensors& prior,
+                                            const Numbers& numbers, const Integers& options) {
+    Options o = options_of(options);
+    Lists lists(posterior, prior, numbers, false);
+    const Tensor& mu = posterior[0];
     Device device(mu, "_sample_normal");
-    PosteriorTensors p =
-        make_posterior(mu, rho, key, {prior_loc, prior_scale, loc, prior_sd}, scale, stream, row_offset, column_offset);
-    Tensor weight = device.empty(mu, with_samples(mu, n_samples), mu.scalar_type());
-    Tensor sum = device.sample(p.view, kl, n_samples, weight.mutable_data_ptr(), p.view.type, mu);
+    PosteriorTensors p = lists.pair(0, key, o);
+    Tensor weight = device.empty(mu, with_samples(mu, o.samples), mu.scalar_type());
+    Tensor sum = device.sample(p.view, o.divergence, o.samples, weight.mutable_data_ptr(), p.view.type, mu);
     return {weight, sum};
   }
 
-  static std::tuple<Tensor, Tensor> backward(OptionalTensor grad_weight, OptionalTensor grad_kl, const Tensor mu,
-                                             const Tensor rho, const Tensor key, OptionalTensor prior_loc,
-                                             OptionalTensor prior_scale, double loc, double prior_sd, int64_t scale, int64_t kl,
-                                             int64_t n_samples, int64_t stream, int64_t row_offset, int64_t column_offset) {
-    check_divergence(kl);
-    check_samples(n_samples);
+  static Tensors backward(const OptionalTensors& grads, const Tensors& posterior, const Tensor& key, const Tensors& prior,
+                          const Numbers& numbers, const Integers& options) {
+    Options o = options_of(options);
+    Lists lists(posterior, prior, numbers, false);
+    check_gradients(grads, {"grad_weight", "grad_kl"});
+    const Tensor& mu = posterior[0];
     Device device(mu, "_sample_normal_backward");
-    PosteriorTensors p =
-        make_posterior(mu, rho, key, {prior_loc, prior_scale, loc, prior_sd}, scale, stream, row_offset, column_offset);
-    if (grad_weight) {
-      check_gradient(*grad_weight, "grad_weight", with_samples(mu, n_samples), mu.scalar_type(), mu);
-      grad_weight = dense(*grad_weight);
-    }
-    if (grad_kl) check_gradient(*grad_kl, "grad_kl", {}, compute_type(mu.scalar_type()), mu);
+    PosteriorTensors p = lists.pair(0, key, o);
+    if (grads[0]) check_gradient(*grads[0], "grad_weight", with_samples(mu, o.samples), mu.scalar_type(), mu);
+    if (grads[1]) check_gradient(*grads[1], "grad_kl", {}, compute_type(mu.scalar_type()), mu);
+    OptionalTensor grad_weight = dense(grads[0]);
     return gradients(device, mu,
-                     SampleBackward{p.view, static_cast<int>(kl), n_samples,
-                                    grad_weight ? grad_weight->const_data_ptr() : nullptr, p.view.type,
-                                    make_kl_gradient(grad_kl, false), nullptr, nullptr});
+                     SampleBackward{p.view, static_cast<int>(o.divergence), o.samples, data_of(grad_weight), p.view.type,
+                                    make_kl_gradient(grads[1], false), nullptr, nullptr});
   }
 
-  static Tensor divergence(const Tensor mu, const Tensor rho, OptionalTensor prior_loc, OptionalTensor prior_scale, double loc,
-                           double prior_sd, int64_t scale, bool reduce) {
+  static Tensor divergence(const Tensors& posterior, const Tensors& prior, const Numbers& numbers,
+                           const Integers& options) {
+    Lists lists(posterior, prior, numbers, false);
+    KlOptions o = kl_options_of(options);
+    const Tensor& mu = posterior[0];
     Device device(mu, "_kl_normal");
-    PosteriorTensors p = make_posterior(mu, rho, std::nullopt, {prior_loc, prior_scale, loc, prior_sd}, scale, 0, 0, 0);
-    if (reduce) return device.sample(p.view, kAnalytic, 0, nullptr, p.view.type, mu);
+    PosteriorTensors p = lists.pair(0, std::nullopt, {o.scale, o.places});
+    if (o.reduce) return device.sample(p.view, kAnalytic, 0, nullptr, p.view.type, mu);
     Tensor kl = device.empty(mu, shape_of(mu), mu.scalar_type());
     device.kl_elements(KlElements{p.view, kl.mutable_data_ptr()});
     return kl;
   }
 
-  static std::tuple<Tensor, Tensor> divergence_backward(const Tensor grad, const Tensor mu, const Tensor rho,
-                                                        OptionalTensor prior_loc, OptionalTensor prior_scale, double loc,
-                                                        double prior_sd, int64_t scale, bool reduce) {
+  static Tensors divergence_backward(const OptionalTensors& grads, const Tensors& posterior, const Tensors& prior,
+                                     const Numbers& numbers, const Integers& options) {
+    Lists lists(posterior, prior, numbers, false);
+    KlOptions o = kl_options_of(options);
+    check_gradients(grads, {"grad_kl"});
+    STD_TORCH_CHECK(grads[0], "grad_kl is absent, expected a tensor");
+    const Tensor& mu = posterior[0];
     Device device(mu, "_kl_normal_backward");
-    PosteriorTensors p = make_posterior(mu, rho, std::nullopt, {prior_loc, prior_scale, loc, prior_sd}, scale, 0, 0, 0);
-    check_gradient(grad, "grad", reduce ? Shape{} : shape_of(mu),
-                   reduce ? compute_type(mu.scalar_type()) : mu.scalar_type(), mu);
-    Tensor plain = dense(grad);
+    PosteriorTensors p = lists.pair(0, std::nullopt, {o.scale, o.places});
+    check_gradient(*grads[0], "grad_kl", o.reduce ? Shape{} : shape_of(mu),
+                   o.reduce ? compute_type(mu.scalar_type()) : mu.scalar_type(), mu);
+    OptionalTensor grad = dense(grads[0]);
     return gradients(device, mu,
-                     SampleBackward{p.view, kAnalytic, 0, nullptr, p.view.type, make_kl_gradient(plain, !reduce), nullptr,
+                     SampleBackward{p.view, kAnalytic, 0, nullptr, p.view.type, make_kl_gradient(grad, !o.reduce), nullptr,
                                     nullptr});
   }
 
  private:
-  static std::tuple<Tensor, Tensor> gradients(Device& device, const Tensor& mu, SampleBackward problem) {
+  static Tensors gradients(Device& device, const Tensor& mu, SampleBackward problem) {
     Tensor grad_mu = device.empty(mu, shape_of(mu), mu.scalar_type());
     Tensor grad_rho = device.empty(mu, shape_of(mu), mu.scalar_type());
     problem.grad_mu = grad_mu.mutable_data_ptr();

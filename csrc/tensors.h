@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <array>
+#include <initializer_list>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -29,9 +30,9 @@ namespace bnn_fast {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
+using Tensors = std::vector<Tensor>;
+using OptionalTensors = std::vector<OptionalTensor>;
 using Shape = std::vector<int64_t>;
-
-constexpr int64_t kCounterWord = int64_t(1) << 32;  // values of one word of the noise counter
 
 inline Shape shape_of(const Tensor& t) { return Shape(t.sizes().begin(), t.sizes().end()); }
 
@@ -75,6 +76,10 @@ inline Tensor add(const Tensor& a, const Tensor& b) { return torch::stable::subt
 
 // Calls of ATen cost about a microsecond each, much beside a small layer: none is made where there is nothing to do.
 inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
+inline OptionalTensor dense(const OptionalTensor& t) { return t ? OptionalTensor(dense(*t)) : OptionalTensor(); }
+
+inline const void* data_of(const OptionalTensor& t) { return t ? t->const_data_ptr() : nullptr; }
 
 inline Tensor reshaped(const Tensor& t, const Shape& shape) {
   return t.sizes() == shape ? t : aten("aten::reshape", "", t, shape);
@@ -129,71 +134,11 @@ inline void check_storage(const OptionalTensor& t, const char* name) {
   if (t) check_storage(*t, name);
 }
 
-// Options as the operators take them; each number's meaning is in posterior.h and divergence.h.
-struct PriorArguments {
-  OptionalTensor loc_tensor, scale_tensor;
-  double loc, scale;
-};
-
-// A posterior with the contiguous tensors that its pointers look into.
-struct PosteriorTensors {
-  Tensor mu, rho;
-  OptionalTensor loc, scale, key;
-  Posterior view;
-};
-
-// A tensor of any shape counts as [first dimension, everything else]; a vector as one row, like a bias.
-inline PosteriorTensors make_posterior(const Tensor& mu, const Tensor& rho, const OptionalTensor& key, const PriorArguments& prior,
-                                       int64_t scale, int64_t stream, int64_t row_offset, int64_t column_offset) {
-  check_like(rho, "rho", mu, "mu");
-  if (prior.loc_tensor) check_like(*prior.loc_tensor, "the prior's loc", mu, "mu");
-  if (prior.scale_tensor) check_like(*prior.scale_tensor, "the prior's scale", mu, "mu");
-  STD_TORCH_CHECK(scale >= 0 && scale <= 2, "scale is ", scale, ", expected 0 (softplus), 1 (exp) or 2 (sqrt_exp)");
-  STD_TORCH_CHECK(row_offset >= 0 && column_offset >= 0, "row_offset and column_offset are ", row_offset, " and ",
-                  column_offset, ", expected no negative number");
-  STD_TORCH_CHECK(stream >= 0 && stream < kCounterWord, "stream is ", stream, ", expected 0 to 2^32 - 1");
-  check_storage(mu, "mu");
-  check_storage(rho, "rho");
-  check_storage(prior.loc_tensor, "the prior's loc");
-  check_storage(prior.scale_tensor, "the prior's scale");
-  PosteriorTensors p{dense(mu), dense(rho), std::nullopt, std::nullopt, std::nullopt, {}};
-  if (prior.loc_tensor) p.loc = dense(*prior.loc_tensor);
-  if (prior.scale_tensor) p.scale = dense(*prior.scale_tensor);
-  int64_t rows = mu.dim() > 1 ? mu.size(0) : 1;
-  int64_t columns = 1;
-  for (int64_t d = mu.dim() > 1 ? 1 : 0; d < mu.dim(); ++d) columns *= mu.size(d);
-  STD_TORCH_CHECK(rows <= kCounterWord && row_offset <= kCounterWord - rows && columns <= 4 * kCounterWord &&
-                      column_offset <= 4 * kCounterWord - columns,
-                  "mu with its offsets has more rows or columns than the noise counter: 2^32 and 2^34");
-  const int64_t* key_data = nullptr;
-  if (key) {
-    STD_TORCH_CHECK(key->scalar_type() == ScalarType::Long && key->dim() == 1 && key->size(0) == 2,
-                    "key has shape ", describe(shape_of(*key)), ", expected an int64 tensor of shape [2]: (seed, first_sample)");
-    STD_TORCH_CHECK(on_device_of(*key, mu), "key and mu are on different devices");
-    check_storage(*key, "key");
-    p.key = dense(*key);
-    key_data = static_cast<const int64_t*>(p.key->const_data_ptr());
-  }
-  p.view = Posterior{rows,
-                     columns,
-                     type_of_tensor(mu, "mu"),
-                     p.mu.const_data_ptr(),
-                     p.rho.const_data_ptr(),
-                     static_cast<int>(scale),
-                     {prior.loc, prior.scale, p.loc ? p.loc->const_data_ptr() : nullptr, p.scale ? p.scale->const_data_ptr() : nullptr},
-                     key_data,
-                     static_cast<uint32_t>(stream),
-                     row_offset,
-                     column_offset};
-  return p;
-}
-
-inline void check_samples(int64_t samples) {
-  STD_TORCH_CHECK(samples >= 1 && samples <= kCounterWord, "n_samples is ", samples, ", expected 1 to 2^32");
-}
-
-inline void check_divergence(int64_t divergence) {
-  STD_TORCH_CHECK(divergence >= 0 && divergence <= 2, "kl is ", divergence, ", expected 0 (none), 1 (analytic) or 2 (sampled)");
+inline void check_gradients(const OptionalTensors& grads, std::initializer_list<const char*> names) {
+  if (grads.size() == names.size()) return;
+  std::string expected;
+  for (const char* name : names) expected += (expected.empty() ? "" : ", ") + std::string(name);
+  STD_TORCH_CHECK(false, "grads has ", grads.size(), " tensors, expected ", expected, ": a tensor or None of each result");
 }
 
 inline void check_gradient(const Tensor& grad, const char* name, const Shape& shape, ScalarType dtype, const Tensor& mu) {

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from .. import checks
 from ..layers.base import Pair, VariationalLayer, named_layers
 from ..layers.state import Record
+from ..operators import arguments as packing
 from ..operators import autograd, functional, raw, reference
 from .sampling import Draws
 
@@ -119,8 +120,7 @@ def _key(layer: VariationalLayer, record: Record | None) -> tuple[Tensor, int]:
 def _analytic(pair: Pair, scale: str) -> object:
     if autograd.nodes is None or autograd.transformed() or not raw.compiled_for(pair.mu.device):
         return functional.kl_normal(pair.mu, pair.rho, prior=pair.prior, scale=scale)
-    prior = functional.prior_arguments(pair.prior)
-    return autograd.kl_call((pair.mu, pair.rho, *prior, checks.SCALES[scale], True))
+    return autograd.kl_call(packing.to_compare([pair.mu, pair.rho], packing.pack_priors(pair.prior), scale, True))
 
 
 def _sampled(pair: Pair, scale: str, key: Tensor, n_samples: int) -> Tensor:

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from .. import checks
+from ..operators import arguments as packing
 from ..operators import autograd, functional, raw
 from . import checkpoint as checkpoint_of_layer
 from .drawn import Drawn
@@ -117,8 +118,8 @@ class VariationalLayer(Posterior):
         if not raw.compiled_for(pair.mu.device):
             return functional.sample_normal(pair.mu, pair.rho, key, scale=self.scale, kl=None, n_samples=n_samples,
                                             stream=pair.stream)[0], None
-        arguments = (pair.mu, pair.rho, key, *functional.prior_arguments(pair.prior), checks.SCALES[self.scale],
-                     checks.KLS[self.kl] if with_kl else 0, n_samples, pair.stream, 0, 0)
+        arguments = packing.to_draw([pair.mu, pair.rho], key, packing.pack_priors(pair.prior), self.scale,
+                                    self.kl if with_kl else None, n_samples, pair.stream)
         return self._run(autograd.SAMPLE, (), arguments, transformed)
 
     def _run(self, operator, x: tuple, arguments: tuple, transformed: bool):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import checks
-from ..operators import functional
+from ..operators.arguments import pack_priors
 from ..priors import Normal, as_normal, initialisation
 from ..priors.scales import sigma_of
 from . import steps
@@ -247,11 +247,11 @@ class Posterior(nn.Module):
     def _put_prior(self, name: str, prior: Normal) -> None:
         """A prior's tensors become buffers, its numbers are kept as the operators take them."""
         at, mu = list(self._fans).index(name), getattr(self, f"{name}_mu")
-        *tensors, loc, scale = functional.prior_arguments(prior)
-        for kind, tensor in zip(("loc", "scale"), tensors):
+        for kind, value in (("loc", prior.loc), ("scale", prior.scale)):
             self.register_buffer(f"{self._prior_names[at]}_{kind}",
-                                 None if tensor is None else tensor.detach().to(mu).clone())
-        self._numbers = (*self._numbers[:2 * at], loc, scale, *self._numbers[2 * at + 2:])
+                                 value.detach().to(mu).clone() if isinstance(value, Tensor) else None)
+        numbers = pack_priors(prior).numbers
+        self._numbers = (*self._numbers[:2 * at], *numbers, *self._numbers[2 * at + 2:])
         self.prior_tensors = any(t is not None for t in self.priors())
 
     def _prior(self, at: int) -> Normal:

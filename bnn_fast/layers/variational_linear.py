@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import checks
+from ..operators import arguments as packing
 from ..operators import autograd, functional, raw
 from ..priors import Normal
 from .base import VariationalLayer
@@ -64,9 +65,10 @@ class VariationalLinear(VariationalLayer):
             y, kl = functional.plain_linear(x, *parameters, key, prior=self.prior, bias_prior=self.bias_prior,
                                             scale=self.scale, kl=None, n_samples=mode.n_samples)
         else:
-            arguments = (
-                weight_mu, weight_rho, bias_mu, bias_rho, key, *self.priors(), *self._numbers,
-                checks.SCALES[self.scale], checks.KLS[self.kl] if with_kl else 0, mode.n_samples, 0, 0)
+            there = 2 if bias_mu is None else 4
+            prior = packing.pack_prior(self.priors()[:there] if self.prior_tensors else (), self._numbers[:there])
+            arguments = packing.to_draw(list(parameters[:there]), key, prior, self.scale, self.kl if with_kl else None,
+                                        mode.n_samples)
             y, kl = self._run(autograd.LINEAR, (x,), arguments, compiling or functorch)
         if not recomputed and not functorch:  # under torch.func the tensors are the transform's
             self._remember(self._registered(parameters), key, mode.n_samples, None if kl is None else (kl,), compiling)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .. import _build
+from . import arguments as packing
 from . import raw
 
 nodes = _build.nodes
@@ -35,43 +36,46 @@ def transformed() -> bool:
 class Operator:
     """A raw operator as autograd sees it.
 
-    Its arguments are (*inputs, *other tensors, *numbers); `inputs` names those that have a gradient.
-    `backward` takes (*output gradients, *arguments) and, where the first input is x, whether x needs a
-    gradient.
+    Its arguments are as arguments.py has them; x and the posterior's tensors have a gradient. `backward` takes (gradients of
+    the results, *arguments) and, where there is an x, whether it needs a gradient. `draws`: its results are (y, kl), or else
+    the KL alone.
     """
 
-    def __init__(self, forward, backward, inputs: tuple[str, ...], tensors: int, kl: int | None = None):
+    def __init__(self, forward, backward, names: tuple[str, ...], has_x: bool, draws: bool):
         self.forward = forward
         self.backward = backward
-        self.inputs = inputs
-        self.has_x = inputs[0] == "x"
-        self.kl = kl  # which argument, of those behind x, is the KL's kind
-        self.traced, self.transformable = _transformable(self, tensors)
+        self.has_x = has_x
+        self.traced, self.transformable = _transformable(self)
         if nodes is not None:
-            self.node = nodes.Operator(forward.name(), backward.name(), inputs[self.has_x:], self.has_x, kl is not None)
+            self.node = nodes.Operator(forward.name(), backward.name(), names, has_x, draws)
+
+    def inputs(self, form: tuple) -> int:
+        """How many tensors, the first of all, have a gradient."""
+        sizes = form[0]
+        return 1 + sizes[1] if self.has_x else sizes[0]
 
     def apply(self, *arguments):
         """The operator as one function."""
+        form, tensors = packing.spread(arguments)
         if not torch.compiler.is_compiling():
-            return self.transformable.apply(*arguments)
+            return self.transformable.apply(form, *tensors)
         # torch.compile does not trace a function of *arguments that needs no gradient
-        return (self.traced.apply if _wants_gradient(arguments[:len(self.inputs)]) else self.forward)(*arguments)
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors[:self.inputs(form)]):
+            return self.traced.apply(form, *tensors)
+        return self.forward(*arguments)
 
 
-def _wants_gradient(inputs: tuple) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
-
-
-def _transformable(operator: Operator, tensors: int) -> tuple[type, type]:
+def _transformable(operator: Operator) -> tuple[type, type]:
     """The forward as a function with setup_context and vmap: for torch.compile, and for all else."""
-    n_inputs = len(operator.inputs)
     has_x = operator.has_x
     run_forward, run_backward = operator.forward, operator.backward
 
     class Backward(torch.autograd.Function):
+        """Of (form, whether x needs a gradient, *tensors), those of the results' gradients first."""
+
         @staticmethod
-        def forward(*arguments):
-            return run_backward(*arguments)
+        def forward(form, need_x, *tensors):
+            return tuple(run_backward(*packing.gather(form, tensors), *need_x))
 
         @staticmethod
         def setup_context(ctx, inputs, output):
@@ -82,39 +86,39 @@ def _transformable(operator: Operator, tensors: int) -> tuple[type, type]:
             raise RuntimeError(_DOUBLE)
 
         @staticmethod
-        def vmap(info, in_dims, *arguments):
-            return _one_by_one(Backward, info.batch_size, in_dims, arguments)
+        def vmap(info, in_dims, form, need_x, *tensors):
+            return _one_by_one(Backward, info.batch_size, in_dims[2:], (form, need_x), tensors)
 
     class Forward(torch.autograd.Function):
         @staticmethod
-        def forward(*arguments):
-            return run_forward(*arguments)
+        def forward(form, *tensors):
+            return run_forward(*packing.gather(form, tensors))
 
         @staticmethod
         def setup_context(ctx, inputs, output):
             ctx.set_materialize_grads(False)
-            ctx.save_for_backward(*inputs[:tensors])
-            ctx.numbers = inputs[tensors:]
+            ctx.form = inputs[0]
+            ctx.save_for_backward(*inputs[1:])
 
         @staticmethod
         def backward(ctx, *grads):
-            arguments = (*ctx.saved_tensors, *ctx.numbers)
-            need_x = (ctx.needs_input_grad[0],) if has_x else ()
+            tensors, (sizes, *rest) = ctx.saved_tensors, ctx.form
+            form = ((len(grads), *sizes), *rest)
+            need_x = (ctx.needs_input_grad[1],) if has_x else ()
             # torch.compile's own backward raises when differentiated, and traces no function in a function
-            run = run_backward if torch.compiler.is_compiling() else Backward.apply
-            result = run(*grads, *arguments, *need_x)
-            wanted = [needed and tensor is not None
-                      for needed, tensor in zip(ctx.needs_input_grad, arguments[:n_inputs])]
+            run = Backward.forward if torch.compiler.is_compiling() else Backward.apply
+            result = run(form, need_x, *grads, *tensors)
+            wanted = list(ctx.needs_input_grad[1:1 + len(result)])
             if has_x and grads[0] is None:
                 wanted[0] = False
-            return (*(g if want else None for g, want in zip(result, wanted)),
-                    *(None,) * (len(arguments) - n_inputs))
+            return (None, *(g if want else None for g, want in zip(result, wanted)),
+                    *(None,) * (len(tensors) - len(result)))
 
         @staticmethod
-        def vmap(info, in_dims, *arguments):
-            if has_x and in_dims[0] is not None and all(d is None for d in in_dims[1:]):
-                return _folded(Forward, info.batch_size, in_dims[0], arguments)
-            return _one_by_one(Forward, info.batch_size, in_dims, arguments)
+        def vmap(info, in_dims, form, *tensors):
+            if has_x and in_dims[1] is not None and all(d is None for d in in_dims[2:]):
+                return _folded(Forward, info.batch_size, in_dims[1], form, tensors)
+            return _one_by_one(Forward, info.batch_size, in_dims[1:], (form,), tensors)
 
     class WithError(Forward):  # torch.compile traces no function that has a jvp
         @staticmethod
@@ -124,23 +128,23 @@ def _transformable(operator: Operator, tensors: int) -> tuple[type, type]:
     return Forward, WithError
 
 
-def _one_by_one(function, batch_size: int, in_dims: tuple, arguments: tuple):
+def _one_by_one(function, batch_size: int, in_dims: tuple, constants: tuple, tensors: tuple):
     """vmap by a loop: each element has parameters, noise, or gradients of the parameters of its own."""
-    results = [function.apply(*(a if d is None else a.select(d, i) for a, d in zip(arguments, in_dims)))
+    results = [function.apply(*constants, *(t if d is None else t.select(d, i) for t, d in zip(tensors, in_dims)))
                for i in range(batch_size)]
     if isinstance(results[0], Tensor):
         return torch.stack(results), 0
     return tuple(torch.stack(r) for r in zip(*results)), (0,) * len(results[0])
 
 
-def _folded(function, batch_size: int, x_dim: int, arguments: tuple):
+def _folded(function, batch_size: int, x_dim: int, form: tuple, tensors: tuple):
     """vmap over x alone: its dimension joins the batch, behind the samples', and all share the draw."""
-    x, n_samples = arguments[0].movedim(x_dim, 0), arguments[N_SAMPLES]
+    x, n_samples = tensors[0].movedim(x_dim, 0), form[-1][packing.N_SAMPLES]
     if n_samples == 1:
-        y, kl = function.apply(x, *arguments[1:])
+        y, kl = function.apply(form, x, *tensors[1:])
         return (y, kl), (0, None)
     parts = x.unflatten(1, (n_samples, x.shape[1] // n_samples)).movedim(1, 0)  # [S, V, B, ...]
-    y, kl = function.apply(parts.flatten(0, 2), *arguments[1:])
+    y, kl = function.apply(form, parts.flatten(0, 2), *tensors[1:])
     y = y.unflatten(0, parts.shape[:3]).movedim(1, 0).flatten(1, 2)
     return (y, kl), (0, None)
 
@@ -149,8 +153,7 @@ def draw(operator: Operator, x: Tensor | None, arguments: tuple):
     """y of an eager call, and its Call, whose KL `read` gives; without the nodes None, and its KL is nobody's yet."""
     if nodes is not None:
         return nodes.draw(operator.node, x, arguments)
-    without_kl = (*arguments[:operator.kl], 0, *arguments[operator.kl + 1:])
-    return operator.apply(*(() if x is None else (x,)), *without_kl)[0], None
+    return operator.apply(*(() if x is None else (x,)), *packing.without_kl(arguments))[0], None
 
 
 def kl_call(arguments: tuple):
@@ -164,8 +167,6 @@ def read(calls: list) -> Tensor:
 
 
 if raw.HAS_EXTENSION:
-    LINEAR = Operator(raw.variational_linear, raw.variational_linear_backward,
-                      ("x", "weight_mu", "weight_rho", "bias_mu", "bias_rho"), tensors=10, kl=14)
-    SAMPLE = Operator(raw.sample_normal, raw.sample_normal_backward, ("mu", "rho"), tensors=5, kl=8)
-    KL = Operator(raw.kl_normal, raw.kl_normal_backward, ("mu", "rho"), tensors=4)
-    N_SAMPLES = 16  # position of n_samples among the arguments of LINEAR
+    LINEAR = Operator(raw.variational_linear, raw.variational_linear_backward, packing.LAYER, has_x=True, draws=True)
+    SAMPLE = Operator(raw.sample_normal, raw.sample_normal_backward, packing.PAIR, has_x=False, draws=True)
+    KL = Operator(raw.kl_normal, raw.kl_normal_backward, packing.PAIR, has_x=False, draws=False)

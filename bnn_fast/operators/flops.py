@@ -8,13 +8,13 @@ from torch.utils.flop_counter import register_flop_formula
 
 
 @register_flop_formula(torch.ops.bnn_fast._variational_linear)
-def _linear(x_shape, weight_shape, *arguments, out_shape=None, **options) -> int:
-    return 2 * math.prod(x_shape[:-1]) * math.prod(weight_shape)
+def _linear(x_shape, shapes, *arguments, out_shape=None, **options) -> int:
+    return 2 * math.prod(x_shape[:-1]) * math.prod(shapes[0])
 
 
 @register_flop_formula(torch.ops.bnn_fast._variational_linear_backward)
-def _linear_backward(grad_y_shape, grad_kl_shape, x_shape, weight_shape, *arguments, out_shape=None, **options) -> int:
+def _linear_backward(grad_shapes, x_shape, shapes, *arguments, out_shape=None, **options) -> int:
     """dW, and dx where it is wanted."""
-    if grad_y_shape is None:
+    if grad_shapes[0] is None:
         return 0
-    return (1 + bool(arguments[-1])) * _linear(x_shape, weight_shape)
+    return (1 + bool(arguments[-1])) * _linear(x_shape, shapes)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import checks
 from ..priors import Normal, as_normal
+from . import arguments as packing
 from . import autograd, raw, reference
 
 __all__ = ["variational_linear", "sample_normal", "kl_normal"]
@@ -44,7 +45,8 @@ def variational_linear(
 
     Raises ValueError or TypeError naming the argument, what was given and what was expected.
     """
-    scale_code, kl_code = checks.choice("scale", scale, checks.SCALES), checks.choice("kl", kl, checks.KLS)
+    checks.choice("scale", scale, checks.SCALES)
+    checks.choice("kl", kl, checks.KLS)
     n_samples = checks.positive_int("n_samples", n_samples)
     prior, bias_prior = priors_of(prior, bias_prior, weight_mu, bias_mu)
     checks.parameter_pair("weight_", weight_mu, weight_rho, prior)
@@ -59,19 +61,16 @@ def variational_linear(
         return plain_linear(
             x, weight_mu, weight_rho, bias_mu, bias_rho, key, prior=prior, bias_prior=bias_prior, scale=scale,
             kl=kl, n_samples=n_samples, row_offset=row_offset, column_offset=column_offset)
-    weight_loc, weight_sd, loc, sd = prior_arguments(prior)
-    bias_loc, bias_sd, bias_loc_number, bias_sd_number = prior_arguments(bias_prior)
+    pairs = [(weight_mu, weight_rho, prior)] if bias_mu is None else [
+        (weight_mu, weight_rho, prior), (bias_mu, bias_rho, bias_prior)]
+    arguments = packing.to_draw([t for mu, rho, _ in pairs for t in (mu, rho)], key, packing.pack_priors(*(p for _, _, p in pairs)),
+                                scale, kl, n_samples, 0, row_offset, column_offset)
 
     def kl_apart():
-        options = {"scale": scale, "kl": kl, "n_samples": n_samples}
-        value = _kl_apart(weight_mu, weight_rho, key, prior, stream=0, row_offset=row_offset, column_offset=column_offset,
-                          **options)
-        return value if bias_mu is None else value + _kl_apart(
-            bias_mu, bias_rho, key, bias_prior, stream=1, row_offset=0, column_offset=row_offset, **options)
+        places = ((0, row_offset, column_offset), (1, 0, row_offset))
+        return sum(_kl_apart(mu, rho, key, p, scale, kl, n_samples, place) for (mu, rho, p), place in zip(pairs, places))
 
-    return _differentiable(autograd.LINEAR, x, (
-        weight_mu, weight_rho, bias_mu, bias_rho, key, weight_loc, weight_sd, bias_loc, bias_sd, loc, sd,
-        bias_loc_number, bias_sd_number, scale_code, kl_code, n_samples, row_offset, column_offset), kl, kl_apart)
+    return _differentiable(autograd.LINEAR, x, arguments, kl, kl_apart)
 
 
 def sample_normal(
@@ -84,7 +83,8 @@ def sample_normal(
     stream: 0 is a weight's noise, 1 a bias's. Returns w, of mu's shape, or [n_samples, *mu.shape] if
     n_samples is given, and the KL or None.
     """
-    scale_code, kl_code = checks.choice("scale", scale, checks.SCALES), checks.choice("kl", kl, checks.KLS)
+    checks.choice("scale", scale, checks.SCALES)
+    checks.choice("kl", kl, checks.KLS)
     samples = 1 if n_samples is None else checks.positive_int("n_samples", n_samples)
     prior = as_normal("prior", prior, mu)
     checks.parameter_pair("", mu, rho, prior)
@@ -96,13 +96,11 @@ def sample_normal(
         return reference.sample_normal(
             mu, rho, key, prior=prior, scale=scale, kl=kl, n_samples=n_samples, stream=stream,
             row_offset=row_offset, column_offset=column_offset)
-    prior_loc, prior_sd, loc, sd = prior_arguments(prior)
-    arguments = (mu, rho, key, prior_loc, prior_sd, loc, sd, scale_code, kl_code, samples, stream, row_offset,
-                 column_offset)
+    place = stream, row_offset, column_offset
+    arguments = packing.to_draw([mu, rho], key, packing.pack_priors(prior), scale, kl, samples, *place)
 
     def kl_apart():
-        return _kl_apart(mu, rho, key, prior, scale=scale, kl=kl, n_samples=samples, stream=stream,
-                         row_offset=row_offset, column_offset=column_offset)
+        return _kl_apart(mu, rho, key, prior, scale, kl, samples, place)
 
     w, kl = _differentiable(autograd.SAMPLE, None, arguments, kl, kl_apart)
     return (w.squeeze(0) if n_samples is None else w), kl
@@ -117,13 +115,13 @@ def kl_normal(mu: Tensor, rho: Tensor, *, prior: Normal = Normal(0.0, 1.0), scal
     reduction: "sum", "mean" (over the weights that are not pruned), or "none" (elementwise, in mu's shape and
     dtype).
     """
-    scale_code = checks.choice("scale", scale, checks.SCALES)
+    checks.choice("scale", scale, checks.SCALES)
     checks.choice("reduction", reduction, checks.REDUCTIONS)
     prior = as_normal("prior", prior, mu)
     checks.parameter_pair("", mu, rho, prior)
     if not raw.compiled_for(mu.device):
         return reference.kl_normal(mu, rho, prior=prior, scale=scale, reduction=reduction)
-    arguments = (mu, rho, *prior_arguments(prior), scale_code, reduction != "none")
+    arguments = packing.to_compare([mu, rho], packing.pack_priors(prior), scale, reduction != "none")
     if autograd.nodes is None or autograd.transformed():
         kl = autograd.KL.apply(*arguments)
     else:
@@ -143,14 +141,6 @@ def plain_linear(x: Tensor, *arguments, **options) -> tuple[Tensor, Tensor | Non
 def alive(rho: Tensor) -> Tensor:
     """How many weights are not pruned, 0-d."""
     return (rho != -torch.inf).sum()
-
-
-def prior_arguments(prior: Normal) -> tuple[Tensor | None, Tensor | None, float, float]:
-    """(loc, scale as tensors or None, loc, scale as numbers) as the raw operators take a prior."""
-    loc, scale = prior.loc, prior.scale
-    loc_is_tensor, scale_is_tensor = isinstance(loc, Tensor), isinstance(scale, Tensor)
-    return (loc if loc_is_tensor else None, scale if scale_is_tensor else None,
-            0.0 if loc_is_tensor else loc, 1.0 if scale_is_tensor else scale)
 
 
 def priors_of(prior: Normal, bias_prior: Normal | None, weight_mu: Tensor,
@@ -192,11 +182,9 @@ def _differentiable(operator, x: Tensor | None, arguments: tuple, kl: str | None
     return y, kl_apart() if call is None else autograd.read([call])
 
 
-def _kl_apart(mu: Tensor, rho: Tensor, key: Tensor, prior: Normal, *, scale: str, kl: str, n_samples: int, stream: int,
-              row_offset: int, column_offset: int) -> Tensor:
+def _kl_apart(mu: Tensor, rho: Tensor, key: Tensor, prior: Normal, scale: str, kl: str, n_samples: int, place: tuple) -> Tensor:
     """The KL of a tensor, at the weights that the key stands for if it is sampled, with a node of its own."""
-    loc_tensor, scale_tensor, loc, sd = prior_arguments(prior)
+    packed = packing.pack_priors(prior)
     if kl == "analytic":
-        return autograd.KL.apply(mu, rho, loc_tensor, scale_tensor, loc, sd, checks.SCALES[scale], True)
-    return autograd.SAMPLE.apply(mu, rho, key, loc_tensor, scale_tensor, loc, sd, checks.SCALES[scale], checks.KLS[kl],
-                                 n_samples, stream, row_offset, column_offset)[1]
+        return autograd.KL.apply(*packing.to_compare([mu, rho], packed, scale, True))
+    return autograd.SAMPLE.apply(*packing.to_draw([mu, rho], key, packed, scale, kl, n_samples, *place))[1]

@@ -1,7 +1,7 @@
 """The raw operators of the compiled extension, torch.ops.bnn_fast.*, and their shapes without data.
 
 They carry no gradient (autograd.py adds it), take positional arguments only and trust what they are given:
-the checks are in functional.py. csrc/ops.cpp holds the schemas.
+the checks are in functional.py. csrc/ops.cpp holds the schemas, arguments.py packs what they take.
 """
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch
 
 from .. import checks
 from .._build import EXTENSION_ERROR, build_info
+from . import arguments
 
 HAS_EXTENSION = EXTENSION_ERROR is None
 
@@ -64,63 +65,54 @@ if HAS_EXTENSION:
     variational_linear = torch.ops.bnn_fast._variational_linear.default
     variational_linear_backward = torch.ops.bnn_fast._variational_linear_backward.default
 
-    def _together(**tensors):
+    def _together(names, posterior, prior, **others):
         """For plain meta tensors as for those of a trace: one that has no data among others that have some would have the
         fakes run, whose results nobody fills."""
-        given = {name: t for name, t in tensors.items() if t is not None}
+        of_prior = {f"prior[{i}]": t for i, t in enumerate(prior)}
+        given = {name: t for name, t in (dict(zip(names, posterior)) | others | of_prior).items() if t is not None}
         devices = {name: t.device for name, t in given.items()}
         if len(set(devices.values())) > 1:
             first, *rest = given
             name = next(name for name in rest if devices[name] != devices[first])
             raise ValueError(f"{name}: expected to be on {devices[first]} as {first} is, given {checks.describe(given[name])}")
+        return posterior[0]
 
     def _scalar(mu):
         return mu.new_empty((), dtype=torch.float64 if mu.dtype == torch.float64 else torch.float32)
 
-    def _like(tensor):
-        return tensor.new_empty(tensor.shape)
+    def _like(tensors):
+        return [t.new_empty(t.shape) for t in tensors]
 
     @torch.library.register_fake("bnn_fast::_sample_normal")
-    def _(mu, rho, key, prior_loc, prior_scale, loc, prior_sd, scale, kl, n_samples, stream, row_offset,
-          column_offset):
-        _together(mu=mu, rho=rho, key=key, prior_loc=prior_loc, prior_scale=prior_scale)
-        return mu.new_empty((n_samples, *mu.shape)), _scalar(mu)
+    def _(posterior, key, prior, numbers, options):
+        mu = _together(arguments.PAIR, posterior, prior, key=key)
+        return mu.new_empty((options[arguments.N_SAMPLES], *mu.shape)), _scalar(mu)
 
     @torch.library.register_fake("bnn_fast::_sample_normal_backward")
-    def _(grad_w, grad_kl, mu, rho, key, prior_loc, prior_scale, *tail):
-        _together(mu=mu, rho=rho, key=key, prior_loc=prior_loc, prior_scale=prior_scale, grad_weight=grad_w, grad_kl=grad_kl)
-        return _like(mu), _like(rho)
+    def _(grads, posterior, key, prior, numbers, options):
+        _together(arguments.PAIR, posterior, prior, key=key, grad_weight=grads[0], grad_kl=grads[1])
+        return _like(posterior)
 
     @torch.library.register_fake("bnn_fast::_kl_normal")
-    def _(mu, rho, prior_loc, prior_scale, loc, prior_sd, scale, reduce):
-        _together(mu=mu, rho=rho, prior_loc=prior_loc, prior_scale=prior_scale)
-        return _scalar(mu) if reduce else _like(mu)
+    def _(posterior, prior, numbers, options):
+        mu = _together(arguments.PAIR, posterior, prior)
+        return _scalar(mu) if options[arguments.REDUCE] else mu.new_empty(mu.shape)
 
     @torch.library.register_fake("bnn_fast::_kl_normal_backward")
-    def _(grad, mu, rho, prior_loc, prior_scale, *tail):
-        _together(mu=mu, rho=rho, prior_loc=prior_loc, prior_scale=prior_scale, grad=grad)
-        return _like(mu), _like(rho)
-
-    def _layer_together(x, weight_mu, weight_rho, bias_mu, bias_rho, key, weight_loc, weight_sd, bias_loc, bias_sd, **grads):
-        _together(weight_mu=weight_mu, weight_rho=weight_rho, bias_mu=bias_mu, bias_rho=bias_rho, x=x, key=key,
-                  weight_loc=weight_loc, weight_scale=weight_sd, bias_loc=bias_loc, bias_scale=bias_sd, **grads)
-        return weight_mu
+    def _(grads, posterior, prior, numbers, options):
+        _together(arguments.PAIR, posterior, prior, grad_kl=grads[0])
+        return _like(posterior)
 
     @torch.library.register_fake("bnn_fast::_variational_linear")
-    def _(x, *arguments):
-        weight_mu = _layer_together(x, *arguments[:9])
+    def _(x, posterior, key, prior, numbers, options):
+        weight_mu = _together(arguments.LAYER, posterior, prior, x=x, key=key)
         return x.new_empty((*x.shape[:-1], weight_mu.shape[0])), _scalar(weight_mu)
 
     @torch.library.register_fake("bnn_fast::_variational_linear_backward")
-    def _(grad_y, grad_kl, x, weight_mu, weight_rho, bias_mu, bias_rho, *tail):
-        _layer_together(x, weight_mu, weight_rho, bias_mu, bias_rho, *tail[:5], grad_y=grad_y, grad_kl=grad_kl)
-
-        def or_none(tensor):
-            return weight_mu.new_empty((0,)) if tensor is None else _like(tensor)
-
-        need_grad_x = tail[-1] and grad_y is not None
-        return (_like(x) if need_grad_x else weight_mu.new_empty((0,)), _like(weight_mu), _like(weight_rho),
-                or_none(bias_mu), or_none(bias_rho))
+    def _(grads, x, posterior, key, prior, numbers, options, need_grad_x):
+        weight_mu = _together(arguments.LAYER, posterior, prior, x=x, key=key, grad_y=grads[0], grad_kl=grads[1])
+        need_grad_x = need_grad_x and grads[0] is not None
+        return [x.new_empty(x.shape) if need_grad_x else weight_mu.new_empty((0,)), *_like(posterior)]
 else:
     warnings.warn(
         "bnn_fast runs without its compiled operators, in plain PyTorch and slower "

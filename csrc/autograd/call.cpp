@@ -33,7 +33,7 @@ template <class T, class... Args> auto make_node(Args&&... args) {
 #endif
 }
 
-IValue optional(const at::Tensor& t) { return t.defined() ? IValue(t) : IValue(); }
+std::optional<at::Tensor> optional(const at::Tensor& t) { return t.defined() ? std::make_optional(t) : std::nullopt; }
 
 bool engine_will_run(Node* node) {
   const auto* info = torch::autograd::get_current_graph_task_exec_info();
@@ -76,13 +76,12 @@ struct KlNode : Node {
   variable_list apply(variable_list&& grads) override {
     variable_list all;
     for (const auto& call : calls) {
-      size_t count = call->op.parameters.size();
       variable_list found;
       if (grads[0].defined()) {
         const at::Tensor& kl = call->kl;
         found = call->kl_gradients(calls.size() == 1 ? grads[0] : grads[0].to(kl.device(), kl.scalar_type()));
       }
-      found.resize(count);
+      found.resize(call->parameters().size());
       all.insert(all.end(), found.begin(), found.end());
     }
     return all;
@@ -101,30 +100,47 @@ at::Tensor sum_of(const std::vector<c10::intrusive_ptr<Call>>& calls) {
 }
 
 // 0 for what has none.
-int64_t version(const IValue& argument) {
-  if (!argument.isTensor()) return 0;
-  const at::Tensor& t = argument.toTensor();
-  return t.defined() && !t.is_inference() ? static_cast<int64_t>(t._version()) : 0;
+int64_t version(const at::Tensor& t) { return t.is_inference() ? 0 : static_cast<int64_t>(t._version()); }
+
+variable_list tensors_of(const IValue& argument) {
+  if (argument.isTensor()) return {argument.toTensor()};
+  return argument.isTensorList() ? argument.toTensorVector() : variable_list();
+}
+
+// With lists of its own: the stable ABI's boxing may take the tensors out of those that it is given.
+void push_all(torch::jit::Stack& stack, const std::vector<IValue>& arguments) {
+  for (const IValue& argument : arguments)
+    stack.push_back(argument.isTensorList() ? IValue(argument.toTensorList().copy()) : argument);
 }
 
 }  // namespace
 
 Call::Call(const Operator& op, std::vector<IValue> arguments) : op(op), arguments_(std::move(arguments)) {
-  for (const IValue& argument : arguments_) versions_.push_back(version(argument));
+  for (size_t i = 0; i < arguments_.size(); ++i) {
+    variable_list tensors = tensors_of(arguments_[i]);
+    for (size_t j = 0; j < tensors.size(); ++j) given_.push_back({tensors[j], version(tensors[j]), i, j});
+  }
 }
 
 variable_list Call::parameters() const {
   variable_list found;
-  for (size_t i = 0; i < op.parameters.size(); ++i)
-    found.push_back(arguments_[i].isTensor() ? arguments_[i].toTensor() : at::Tensor());
+  for (const Given& given : given_)
+    if (given.argument == 0) found.push_back(given.tensor);
   return found;
 }
 
-void Call::check_unchanged() const {  // the key and the priors count as much as the parameters
-  for (size_t i = 0; i < arguments_.size(); ++i)
-    TORCH_CHECK(version(arguments_[i]) == versions_[i], op.forward.schema().arguments()[i + op.has_x].name(),
+std::string Call::name_of(const Given& given) const {
+  if (given.argument == 0) return op.parameters[given.position];
+  const auto& argument = op.forward.schema().arguments()[given.argument + op.has_x];
+  bool one = argument.type()->kind() == c10::TypeKind::TensorType;
+  return one ? argument.name() : argument.name() + "[" + std::to_string(given.position) + "]";
+}
+
+void Call::check_unchanged() const {
+  for (const Given& given : given_)
+    TORCH_CHECK(version(given.tensor) == given.version, name_of(given),
                 ", needed for the gradient, has been modified by an inplace operation: it is at version ",
-                version(arguments_[i]), ", expected version ", versions_[i], ".");
+                version(given.tensor), ", expected version ", given.version, ".");
 }
 
 at::Tensor Call::run(const at::Tensor& x) {
@@ -132,7 +148,7 @@ at::Tensor Call::run(const at::Tensor& x) {
   torch::jit::Stack stack;
   stack.reserve(arguments_.size() + 1);
   if (op.has_x) stack.emplace_back(x);
-  stack.insert(stack.end(), arguments_.begin(), arguments_.end());
+  push_all(stack, arguments_);
   op.forward.callBoxed(stack);
   kl = std::move(stack.back()).toTensor();
   return op.draws ? std::move(stack.front()).toTensor() : at::Tensor();
@@ -140,26 +156,25 @@ at::Tensor Call::run(const at::Tensor& x) {
 
 variable_list Call::gradients(const at::Tensor& grad_y, const at::Tensor& grad_kl, const at::Tensor& x, bool need_x) const {
   check_unchanged();
+  c10::List<std::optional<at::Tensor>> grads;
+  if (op.draws) grads.push_back(optional(grad_y));
+  grads.push_back(optional(grad_kl));
   torch::jit::Stack stack;
-  stack.reserve(arguments_.size() + 4);
-  if (op.draws) stack.push_back(optional(grad_y));
-  stack.push_back(optional(grad_kl));
-  if (op.has_x) stack.push_back(optional(x));
-  stack.insert(stack.end(), arguments_.begin(), arguments_.end());
+  stack.reserve(arguments_.size() + 3);
+  stack.emplace_back(std::move(grads));
+  if (op.has_x) stack.emplace_back(optional(x));
+  push_all(stack, arguments_);
   if (op.has_x) stack.emplace_back(need_x);
   {
     at::AutoDispatchBelowADInplaceOrView guard;
     op.backward.callBoxed(stack);
   }
-  variable_list found, given = parameters();
-  if (!op.has_x) found.emplace_back();
-  for (IValue& value : stack) found.push_back(std::move(value).toTensor());
-  if (op.has_x && !need_x) found[0] = at::Tensor();
-  for (size_t i = 0; i < given.size(); ++i)
-    if (!given[i].defined()) found[i + 1] = at::Tensor();
+  variable_list found = stack.back().toTensorVector();
+  if (!op.has_x) found.emplace(found.begin());
+  if (!need_x) found[0] = at::Tensor();
   if (at::GradMode::is_enabled()) {  // create_graph: what is differentiated again must not be silently constant
-    variable_list inputs{grad_y, grad_kl, x};
-    inputs.insert(inputs.end(), given.begin(), given.end());
+    variable_list inputs = parameters();
+    inputs.insert(inputs.end(), {grad_y, grad_kl, x});
     auto error = make_node<torch::autograd::Error>(kDouble, collect_next_edges(inputs));
     for (at::Tensor& t : found)
       if (t.defined()) set_history(t, error);

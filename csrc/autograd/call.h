@@ -21,11 +21,11 @@ namespace bnn_fast {
 using torch::autograd::Node;
 using torch::autograd::variable_list;
 
-// A raw operator and its backward. Arguments are (x if it has one, *parameters, *other tensors, *numbers); backward takes
-// (*gradients of the results, *arguments) and, where there is an x, whether its gradient is wanted.
+// A raw operator and its backward (../ops.cpp). Arguments are (x if it has one, the parameters in a list, ...); backward takes
+// (the list of the results' gradients, *arguments) and, where there is an x, whether its gradient is wanted.
 struct Operator {
   c10::OperatorHandle forward, backward;
-  std::vector<std::string> parameters;
+  std::vector<std::string> parameters;  // their names
   bool has_x;
   bool draws;  // (y, kl); without it the KL alone
 };
@@ -52,10 +52,18 @@ class Call : public c10::intrusive_ptr_target {
 
  private:
   bool hand_over(const at::Tensor& grad);
+
+  struct Given {
+    at::Tensor tensor;
+    int64_t version;
+    size_t argument, position;  // in which list, and where
+  };
+
+  std::string name_of(const Given& given) const;
   void check_unchanged() const;
 
   std::vector<c10::IValue> arguments_;
-  std::vector<int64_t> versions_;
+  std::vector<Given> given_;  // all tensors of the arguments: the key and the priors as much as the parameters
   std::mutex mutex_;
   Node* node_ = nullptr;  // while it lives
   int task_ = -2;         // the backward pass in which y's node ran last; -1 is none

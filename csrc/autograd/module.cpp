@@ -1,6 +1,7 @@
 // The Python module bnn_fast._autograd: the eager nodes of call.h. It uses libtorch's own headers, so it belongs to the very torch
 // that it was built for; bnn_fast loads it under no other.
 #include <ATen/CPUGeneratorImpl.h>
+#include <torch/csrc/jit/python/pybind_utils.h>
 #include <torch/extension.h>
 #include <torch/version.h>
 
@@ -12,20 +13,13 @@ using bnn_fast::Call;
 using bnn_fast::Operator;
 namespace py = pybind11;
 
-c10::IValue value_of(py::handle h) {
-  PyObject* p = h.ptr();
-  if (THPVariable_Check(p)) return THPVariable_Unpack(p);
-  if (p == Py_None) return {};
-  if (PyBool_Check(p)) return p == Py_True;
-  if (PyLong_Check(p)) return h.cast<int64_t>();
-  if (PyFloat_Check(p)) return h.cast<double>();
-  throw py::type_error("expected a tensor, a number or None");
-}
-
 c10::intrusive_ptr<Call> call_of(const Operator& op, const py::tuple& arguments) {
+  const auto& expected = op.forward.schema().arguments();
+  TORCH_CHECK_TYPE(arguments.size() + op.has_x == expected.size(), op.forward.schema().name(), " takes ",
+                   expected.size() - op.has_x, " arguments beside x, given ", arguments.size());
   std::vector<c10::IValue> values;
   values.reserve(arguments.size());
-  for (py::handle h : arguments) values.push_back(value_of(h));
+  for (size_t i = 0; i < arguments.size(); ++i) values.push_back(torch::jit::toIValue(arguments[i], expected[i + op.has_x].type()));
   return c10::make_intrusive<Call>(op, std::move(values));
 }
 

@@ -70,8 +70,8 @@ class Cuda {
                           need_x ? grads.x.mutable_data_ptr() : nullptr,
                           grads.weight_mu.mutable_data_ptr(),
                           grads.weight_rho.mutable_data_ptr(),
-                          a.bias ? grads.bias_mu.mutable_data_ptr() : nullptr,
-                          a.bias ? grads.bias_rho.mutable_data_ptr() : nullptr,
+                          a.bias ? grads.bias_mu->mutable_data_ptr() : nullptr,
+                          a.bias ? grads.bias_rho->mutable_data_ptr() : nullptr,
                           nullptr};
     bool small = regime == Regime::kSmall;
     Tensor workspace = workspace_of(small ? bnn_fast_cuda_small_backward_workspace(&problem)

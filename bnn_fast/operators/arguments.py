@@ -1,0 +1,71 @@
+"""What the raw operators take, packed here alone: lists of what belongs together. csrc/ops.cpp says what is in each.
+
+An operator's arguments are (x, if it has one, *groups of tensors, numbers, options); the first group is the posterior.
+"""
+from __future__ import annotations
+
+from typing import NamedTuple, Sequence
+
+from torch import Tensor
+
+from .. import checks
+from ..priors import Normal
+
+KL, N_SAMPLES = 2, 3  # where they are among the options of what draws
+REDUCE = 2            # and among those of the KL without a draw
+PAIR = ("mu", "rho")  # names of the posterior's tensors, as errors call them
+LAYER = ("weight_mu", "weight_rho", "bias_mu", "bias_rho")
+
+
+class Prior(NamedTuple):
+    """loc and scale of one prior after the other: numbers, but where a bit of `places` is set; there it is the next tensor."""
+    tensors: list[Tensor]
+    numbers: Sequence[float]
+    places: int
+
+
+def pack_prior(tensors: Sequence[Tensor | None], numbers: Sequence[float]) -> Prior:
+    """tensors: none, or one or None for each number."""
+    return Prior([t for t in tensors if t is not None], numbers, sum([1 << i for i, t in enumerate(tensors) if t is not None]))
+
+
+def pack_priors(*priors: Normal) -> Prior:
+    values = [value for prior in priors for value in (prior.loc, prior.scale)]
+    tensors = [value if isinstance(value, Tensor) else None for value in values]
+    return pack_prior(tensors, [float(i % 2) if isinstance(value, Tensor) else value for i, value in enumerate(values)])
+
+
+def to_draw(posterior: list[Tensor], key: Tensor, prior: Prior, scale: str, kl: str | None, n_samples: int, stream: int = 0,
+            row_offset: int = 0, column_offset: int = 0) -> tuple:
+    """The arguments, behind x, of what draws."""
+    return (posterior, key, prior.tensors, prior.numbers,
+            [checks.SCALES[scale], prior.places, checks.KLS[kl], n_samples, stream, row_offset, column_offset])
+
+
+def to_compare(posterior: list[Tensor], prior: Prior, scale: str, reduce: bool) -> tuple:
+    """Those of the KL without a draw."""
+    return posterior, prior.tensors, prior.numbers, [checks.SCALES[scale], prior.places, int(reduce)]
+
+
+def without_kl(arguments: tuple) -> tuple:
+    """The same of what draws, and no KL."""
+    options = arguments[-1]
+    return *arguments[:-1], [*options[:KL], checks.KLS[None], *options[KL + 1:]]
+
+
+def spread(arguments: tuple) -> tuple[tuple, list[Tensor]]:
+    """(form, tensors) of an operator's arguments, as torch.autograd.Function sees no tensor in a list."""
+    *groups, numbers, options = arguments
+    sizes = tuple([len(group) if isinstance(group, list) else None for group in groups])
+    tensors = [t for group in groups for t in (group if isinstance(group, list) else (group,))]
+    return (sizes, tuple(numbers), tuple(options)), tensors
+
+
+def gather(form: tuple, tensors: tuple) -> tuple:
+    """The arguments again."""
+    sizes, numbers, options = form
+    groups, at = [], 0
+    for size in sizes:
+        groups.append(tensors[at] if size is None else list(tensors[at:at + size]))
+        at += 1 if size is None else size
+    return *groups, numbers, options
