@@ -51,20 +51,22 @@ class Shared:
 class Record:
     """The KL of a call, or what it takes to have it again, and all that it was made of.
 
-    tensors: the registered parameters and the prior's buffers; options: whatever else the KL depends on. `versions` is
-    None if torch.compile made the record: they cannot be compared within a region. `kl` is what there is of the KL: a tuple
-    of Calls, or of tensors (torch.compile), whose sum it is, or None (also when it was handed over). `given` is what
-    `estimated_kl` makes it of.
+    tensors: the registered parameters and the prior's buffers; options: whatever else the KL depends on. `kl` is what there is of
+    the KL: a tuple of Calls, or of tensors (torch.compile), whose sum it is, or None (also when it was handed over). Calls know
+    whether their tensors have changed; where there are none, `versions` and `pointers` tell, but of a record that torch.compile
+    made, within whose region they cannot be compared. `given` is what `estimated_kl` makes the KL of.
     """
-    __slots__ = ("tensors", "options", "versions", "pointers", "generation", "key", "n_samples", "kl", "given")
+    __slots__ = ("tensors", "options", "compiled", "calls", "versions", "pointers", "generation", "key", "n_samples", "kl", "given")
 
     def __init__(self, tensors: tuple, options: tuple, key: Tensor, n_samples: int, kl, compiling: bool, given=None):
         self.tensors = tensors
         self.options = options
+        self.compiled, self.calls = compiling, None if compiling else kl
         self.versions = self.pointers = self.generation = None
         if not compiling:
-            self.versions, self.pointers = versions(tensors), pointers(tensors)
             self.generation = steps.current
+            if kl is None:
+                self.versions, self.pointers = versions(tensors), pointers(tensors)
         self.key = key
         self.n_samples = n_samples
         self.kl = kl
@@ -77,10 +79,13 @@ class Record:
         for mine, given in zip(self.tensors, tensors):
             if mine is not given:
                 return False
+        if self.compiled:
+            return True  # in a region: made by it, in all likelihood
         if torch.compiler.is_compiling():
-            return self.versions is None  # made by this region, in all likelihood
-        return self.versions is None or (self.versions == versions(tensors)
-                                         and self.pointers == pointers(tensors))
+            return False
+        if self.calls is not None:
+            return all([call.unchanged() for call in self.calls])
+        return self.versions == versions(tensors) and self.pointers == pointers(tensors)
 
     def hand_over(self):
         """The KL of the call: once, with gradients on, and before any optimizer's next step; else None."""

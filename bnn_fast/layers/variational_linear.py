@@ -50,12 +50,14 @@ class VariationalLinear(VariationalLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         compiling = torch.compiler.is_compiling()
-        functorch = not compiling and torch._C._are_functorch_transforms_active()
-        mode, recomputed = self._mode(compiling)
+        ordinary = not compiling and autograd.ordinary()
+        functorch = not (compiling or ordinary) and torch._C._are_functorch_transforms_active()
+        mode, recomputed = self._mode(compiling, ordinary)
         if self._pruned and not compiling:
             self.keep_pruned()
         weight_mu, weight_rho, bias_mu, bias_rho = parameters = self.tensors()
-        x = functional.autocast(x)
+        if not ordinary:
+            x = functional.autocast(x)
         checks.linear_input(x, weight_mu, mode.n_samples)
         if mode.mean:  # in x's type, as the drawn weights are rounded to it
             return self.compute({"weight": weight_mu, "bias": bias_mu}, x)

@@ -102,6 +102,11 @@ at::Tensor sum_of(const std::vector<c10::intrusive_ptr<Call>>& calls) {
 // 0 for what has none.
 int64_t version(const at::Tensor& t) { return t.is_inference() ? 0 : static_cast<int64_t>(t._version()); }
 
+// null where there is none, as with fakes.
+const void* data_of(const at::Tensor& t) {
+  return t.has_storage() && t.storage().unsafeGetStorageImpl()->device_type() != at::kMeta ? t.storage().data() : nullptr;
+}
+
 variable_list tensors_of(const IValue& argument) {
   if (argument.isTensor()) return {argument.toTensor()};
   return argument.isTensorList() ? argument.toTensorVector() : variable_list();
@@ -118,7 +123,7 @@ void push_all(torch::jit::Stack& stack, const std::vector<IValue>& arguments) {
 Call::Call(const Operator& op, std::vector<IValue> arguments) : op(op), arguments_(std::move(arguments)) {
   for (size_t i = 0; i < arguments_.size(); ++i) {
     variable_list tensors = tensors_of(arguments_[i]);
-    for (size_t j = 0; j < tensors.size(); ++j) given_.push_back({tensors[j], version(tensors[j]), i, j});
+    for (size_t j = 0; j < tensors.size(); ++j) given_.push_back({tensors[j], version(tensors[j]), data_of(tensors[j]), i, j});
   }
 }
 
@@ -127,6 +132,12 @@ variable_list Call::parameters() const {
   for (const Given& given : given_)
     if (given.argument == 0) found.push_back(given.tensor);
   return found;
+}
+
+bool Call::unchanged() const {
+  for (const Given& given : given_)  // inference tensors have no version: nothing is known
+    if (given.tensor.is_inference() || version(given.tensor) != given.version || data_of(given.tensor) != given.data) return false;
+  return true;
 }
 
 std::string Call::name_of(const Given& given) const {

@@ -40,6 +40,9 @@ class Call : public c10::intrusive_ptr_target {
   // Runs the forward; keeps the KL, returns y.
   at::Tensor run(const at::Tensor& x);
 
+  // Whether all tensors of the arguments are, as far as one can know, what they were.
+  bool unchanged() const;
+
   // Gradients of (x, *parameters), undefined where there is none.
   variable_list gradients(const at::Tensor& grad_y, const at::Tensor& grad_kl, const at::Tensor& x, bool need_x) const;
 
@@ -56,6 +59,7 @@ class Call : public c10::intrusive_ptr_target {
   struct Given {
     at::Tensor tensor;
     int64_t version;
+    const void* data;
     size_t argument, position;  // in which list, and where
   };
 

@@ -1,6 +1,11 @@
 // The Python module bnn_fast._autograd: the eager nodes of call.h. It uses libtorch's own headers, so it belongs to the very torch
 // that it was built for; bnn_fast loads it under no other.
 #include <ATen/CPUGeneratorImpl.h>
+#include <ATen/SavedTensorHooks.h>
+#include <ATen/autocast_mode.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
+#include <torch/csrc/autograd/graph_task.h>
+#include <torch/csrc/jit/frontend/tracer.h>
 #include <torch/csrc/jit/python/pybind_utils.h>
 #include <torch/extension.h>
 #include <torch/version.h>
@@ -37,6 +42,16 @@ py::tuple fresh_keys(size_t count) {
   return keys;
 }
 
+// Whether a call would be made in plain eager mode, with gradients and none of what layers have to look at one by one: transforms
+// of torch.func, traces, autocast, a backward pass, hooks for saved tensors, dispatch modes.
+bool ordinary() {
+  auto included = [](c10::DispatchKey key) { return c10::impl::tls_is_dispatch_key_included(key); };
+  return at::GradMode::is_enabled() && !included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) &&
+         !torch::jit::tracer::isTracing() && !at::autocast::is_autocast_enabled(at::kCPU) &&
+         !at::autocast::is_autocast_enabled(at::kCUDA) && torch::autograd::get_current_graph_task_id() == -1 &&
+         !at::SavedTensorDefaultHooks::get_hooks(true) && !c10::impl::TorchDispatchModeTLS::any_modes_set();
+}
+
 c10::OperatorHandle handle_of(const std::string& name) { return c10::Dispatcher::singleton().findSchemaOrThrow(name.c_str(), ""); }
 
 }  // namespace
@@ -49,7 +64,8 @@ PYBIND11_MODULE(_autograd, m) {
         return Operator{handle_of(forward), handle_of(backward), std::move(parameters), has_x, draws};
       }));
   py::class_<Call, c10::intrusive_ptr<Call>>(m, "Call")
-      .def_readonly("kl", &Call::kl);
+      .def_readonly("kl", &Call::kl)
+      .def("unchanged", &Call::unchanged);
   // torch's wrapper lets errors of Python code below (an operator on meta tensors) keep their type.
   m.def("draw", torch::wrap_pybind_function([](const Operator& op, const std::optional<at::Tensor>& x, const py::tuple& arguments) {
     auto call = call_of(op, arguments);
@@ -61,6 +77,7 @@ PYBIND11_MODULE(_autograd, m) {
     return std::make_pair(std::move(y), std::move(call));
   }));
   m.def("fresh_keys", &fresh_keys);
+  m.def("ordinary", &ordinary);
   m.def("kl", torch::wrap_pybind_function([](const Operator& op, const py::tuple& arguments) {
     auto call = call_of(op, arguments);
     py::gil_scoped_release release;
