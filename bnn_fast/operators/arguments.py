@@ -26,6 +26,8 @@ class Prior(NamedTuple):
 
 def pack_prior(tensors: Sequence[Tensor | None], numbers: Sequence[float]) -> Prior:
     """tensors: none, or one or None for each number."""
+    if not tensors:
+        return Prior([], numbers, 0)
     return Prior([t for t in tensors if t is not None], numbers, sum([1 << i for i, t in enumerate(tensors) if t is not None]))
 
 

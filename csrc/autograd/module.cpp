@@ -18,13 +18,34 @@ using bnn_fast::Call;
 using bnn_fast::Operator;
 namespace py = pybind11;
 
+// What torch::jit::toIValue gives for the types that the operators' lists have, in a third of the time.
+c10::IValue value_of(py::handle given, const c10::TypePtr& type) {
+  if (type->kind() == c10::TypeKind::TensorType && THPVariable_Check(given.ptr())) return THPVariable_Unpack(given.ptr());
+  if (type->kind() != c10::TypeKind::ListType) return torch::jit::toIValue(given, type);
+  auto sequence = py::reinterpret_steal<py::object>(PySequence_Fast(given.ptr(), "expected a list"));
+  if (!sequence) throw py::error_already_set();
+  PyObject** items = PySequence_Fast_ITEMS(sequence.ptr());
+  Py_ssize_t count = PySequence_Fast_GET_SIZE(sequence.ptr());
+  auto list_of = [&](auto list, auto convert) {
+    list.reserve(count);
+    for (Py_ssize_t i = 0; i < count; ++i) list.push_back(convert(items[i]));
+    if (PyErr_Occurred()) throw py::error_already_set();
+    return c10::IValue(std::move(list));
+  };
+  switch (type->castRaw<c10::ListType>()->getElementType()->kind()) {
+    case c10::TypeKind::TensorType: return list_of(c10::List<at::Tensor>(), [](PyObject* item) { return py::cast<at::Tensor>(item); });
+    case c10::TypeKind::FloatType: return list_of(c10::List<double>(), [](PyObject* item) { return PyFloat_AsDouble(item); });
+    default: return list_of(c10::List<int64_t>(), [](PyObject* item) { return PyLong_AsLongLong(item); });
+  }
+}
+
 c10::intrusive_ptr<Call> call_of(const Operator& op, const py::tuple& arguments) {
   const auto& expected = op.forward.schema().arguments();
   TORCH_CHECK_TYPE(arguments.size() + op.has_x == expected.size(), op.forward.schema().name(), " takes ",
                    expected.size() - op.has_x, " arguments beside x, given ", arguments.size());
   std::vector<c10::IValue> values;
   values.reserve(arguments.size());
-  for (size_t i = 0; i < arguments.size(); ++i) values.push_back(torch::jit::toIValue(arguments[i], expected[i + op.has_x].type()));
+  for (size_t i = 0; i < arguments.size(); ++i) values.push_back(value_of(arguments[i], expected[i + op.has_x].type()));
   return c10::make_intrusive<Call>(op, std::move(values));
 }
 
