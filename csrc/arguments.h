@@ -57,10 +57,12 @@ struct Lists {
                     layer ? "weight_mu and weight_rho, and then both or none of bias_mu and bias_rho" : "mu and rho");
     STD_TORCH_CHECK(numbers.size() == n, "numbers has ", numbers.size(), ", expected ", n,
                     ": a loc and a scale for each mu and rho");
-    for (const Tensors* list : {&posterior, &prior})  // some versions of torch take tensors out of a list that is used again
+    // Some versions of torch move the tensors out of a list that they hand over: a constant of a graph has none the next time.
+    for (const Tensors* list : {&posterior, &prior})
       for (const Tensor& t : *list)
-        STD_TORCH_CHECK(t.defined(), "a list of tensors was used before and holds them no more, as torch.jit.freeze has it: "
-                                     "trace bnn_fast.draw(model, seed), an ordinary module");
+        STD_TORCH_CHECK(t.defined(), "a list of tensors that torch.jit made a constant was emptied by its first use, as "
+                                     "torch.jit.freeze and the trace of a function have it: trace the layer's module and do "
+                                     "not freeze it, or trace bnn_fast.draw(model, seed), an ordinary module");
   }
 
   bool has(size_t pair) const { return 2 * pair < posterior.size(); }

@@ -1,4 +1,4 @@
-// Between torch's tensors and the kernels' structs: checks, conversions, and the ATen operators that are called.
+// Torch's tensors: checks, conversions, and the ATen operators that are called.
 // Written against the stable ABI alone (torch/csrc/stable).
 #pragma once
 

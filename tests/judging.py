@@ -13,13 +13,11 @@ import torch
 from kernels import (
     KEY,
     OPS,
-    SCALES,
     cast,
-    code,
     expected_regime,
+    kl_arguments,
     make_prior,
     posterior,
-    prior_arguments,
     random,
     raw_linear,
     raw_sample,
@@ -113,14 +111,13 @@ def check_kl(*shape, dtype, tensors, reduction, scale, ops=OPS):
         value = reference.kl_normal(*leaves, prior=prior_, scale=scale, reduction=reduction)
         grad = random(*value.shape, dtype=value.dtype, seed=6)
         results.append((value.detach(), *torch.autograd.grad(value, leaves, grad)))
-    loc, sd, loc_number, sd_number = prior_arguments(prior)
-    tail = (mu, rho, loc, sd, loc_number, sd_number, code(SCALES, scale), reduction == "sum")
-    value = ops._kl_normal(*tail)
+    arguments = kl_arguments(mu, rho, prior=prior, scale=scale, reduce=reduction == "sum")
+    value = ops._kl_normal(*arguments)
     grad = random(*value.shape, dtype=value.dtype, seed=6)
     of_kl, of_mu, of_rho = elements(mu, rho, prior, scale)
     magnitudes = (of_kl.sum() if reduction == "sum" else of_kl, *(grad.double().abs() * d for d in (of_mu, of_rho)))
     for name, a, b, c, magnitude in zip(
-        ("kl", "mu", "rho"), (value, *ops._kl_normal_backward(grad, *tail)), *results, magnitudes
+        ("kl", "mu", "rho"), (value, *ops._kl_normal_backward([grad], *arguments)), *results, magnitudes
     ):
         judge(f"{name}: {list(shape)} tensors {tensors} {reduction} {scale} {dtype}", a, b, c, magnitude)
 
@@ -137,13 +134,12 @@ def plain_linear(x, mu, rho, bias_mu, bias_rho, key, *, grad_y, grad_kl, **optio
             outputs.append(output)
             grads.append(grad.to(output.dtype))
     given = [leaf for leaf in leaves if leaf is not None]
-    gradients = iter(torch.autograd.grad(outputs, given, grads, materialize_grads=True))
-    return y.detach(), value, [None if leaf is None else next(gradients) for leaf in leaves]
+    return y.detach(), value, torch.autograd.grad(outputs, given, grads, materialize_grads=True)
 
 
 def linear_magnitudes(x, mu, rho, bias_mu, bias_rho, *, prior, bias_prior, scale, kl, n_samples, row_offset,
                       column_offset, grad_y, grad_kl):
-    """Of y, the KL and the five gradients."""
+    """Of y, the KL and the gradients."""
     rows = x.shape[:-1].numel() // n_samples
     inputs = x.double().abs().reshape(n_samples, rows, mu.shape[1])
     outputs = grad_y.double().abs().reshape(n_samples, rows, mu.shape[0])
@@ -151,7 +147,7 @@ def linear_magnitudes(x, mu, rho, bias_mu, bias_rho, *, prior, bias_prior, scale
     weight = sampled(
         mu, rho, prior, *common, 0, (row_offset, column_offset), outputs.mT @ inputs, grad_kl
     )
-    y, value, of_bias = inputs @ weight.w.mT, weight.kl, (None, None)
+    y, value, of_bias = inputs @ weight.w.mT, weight.kl, ()
     if bias_mu is not None:
         bias = sampled(bias_mu, bias_rho, bias_prior, *common, 1, (0, row_offset), outputs.sum(1), grad_kl)
         y, value, of_bias = y + bias.w.unsqueeze(1), value + bias.kl, (bias.mu, bias.rho)
@@ -218,14 +214,9 @@ def check_linear(
         assert value == 0
     else:
         judge(f"kl: {what}", value, plain_value.detach(), true_value.detach(), of_kl)
-    names = ("x", "weight_mu", "weight_rho", "bias_mu", "bias_rho")
-    for name, got, plain, true, magnitude in zip(
-        names, gradients, plain_gradients, true_gradients, of_gradients, strict=True
-    ):
-        if plain is None:
-            assert got.shape == (0,)
-        else:
-            judge(f"gradient of {name}: {what}", got, plain, true, magnitude)
+    names = ("x", "weight_mu", "weight_rho", "bias_mu", "bias_rho")[: len(of_gradients)]
+    for name, *of in zip(names, gradients, plain_gradients, true_gradients, of_gradients, strict=True):
+        judge(f"gradient of {name}: {what}", *of)
 
 
 def overflowing(rows: int, columns: int, dtype=torch.float32) -> tuple[torch.Tensor, torch.Tensor]:

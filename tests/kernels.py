@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from bnn_fast import Normal, build_info
+from bnn_fast.operators import arguments as packing
 
 OPS = torch.ops.bnn_fast
 SCALES = ("softplus", "exp", "sqrt_exp")
@@ -60,18 +61,6 @@ def make_prior(tensors: bool | str, *shape, dtype=torch.float32, seed=0) -> Norm
     )
 
 
-def prior_arguments(prior: Normal) -> tuple:
-    """loc tensor, scale tensor, loc number, scale number."""
-
-    def tensor(value):
-        return value if isinstance(value, torch.Tensor) else None
-
-    def number(value):
-        return 1.0 if isinstance(value, torch.Tensor) else value
-
-    return tensor(prior.loc), tensor(prior.scale), number(prior.loc), number(prior.scale)
-
-
 def cast(value, dtype):
     """A tensor or the tensors of a prior in another floating-point type; anything else as it is."""
     if isinstance(value, Normal):
@@ -79,8 +68,27 @@ def cast(value, dtype):
     return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 
-def code(names, name) -> int:
-    return names.index(name)
+def draw_arguments(
+    *posterior,
+    key=KEY,
+    prior=Normal(),
+    bias_prior=None,
+    scale="softplus",
+    kl=None,
+    n_samples=1,
+    stream=0,
+    row_offset=0,
+    column_offset=0,
+) -> tuple:
+    """What the operators that draw take behind x. A bias that is None is left out."""
+    tensors = [t for t in posterior if t is not None]
+    priors = packing.pack_priors(*(prior, bias_prior or prior)[: len(tensors) // 2])
+    return packing.to_draw(tensors, key, priors, scale, kl, n_samples, stream, row_offset, column_offset)
+
+
+def kl_arguments(mu, rho, *, prior=Normal(), scale="softplus", reduce=True) -> tuple:
+    """What the KL without a draw takes."""
+    return packing.to_compare([mu, rho], packing.pack_priors(prior), scale, reduce)
 
 
 def raw_linear(
@@ -91,62 +99,21 @@ def raw_linear(
     bias_rho,
     key,
     *,
-    prior,
-    bias_prior,
-    scale,
-    kl,
-    n_samples,
-    row_offset,
-    column_offset,
     grad_y=None,
     grad_kl=None,
     need_grad_x=True,
     ops=OPS,
+    **options,
 ):
-    """y and KL, and with a gradient given the five gradients, of the compiled operators."""
-    loc, sd, loc_number, sd_number = prior_arguments(prior)
-    bias_loc, bias_sd, bias_loc_number, bias_sd_number = prior_arguments(bias_prior)
-    tail = (
-        mu,
-        rho,
-        bias_mu,
-        bias_rho,
-        key,
-        loc,
-        sd,
-        bias_loc,
-        bias_sd,
-        loc_number,
-        sd_number,
-        bias_loc_number,
-        bias_sd_number,
-        code(SCALES, scale),
-        code(KLS, kl),
-        n_samples,
-        row_offset,
-        column_offset,
-    )
-    y, value = ops._variational_linear(x, *tail)
+    """y, the KL and the gradients, of the compiled operators; without a bias those of x and the weight."""
+    arguments = draw_arguments(mu, rho, bias_mu, bias_rho, key=key, **options)
+    y, value = ops._variational_linear(x, *arguments)
     gradients = ops._variational_linear_backward(
-        grad_y, grad_kl, x if grad_y is not None else None, *tail, need_grad_x
+        [grad_y, grad_kl], x if grad_y is not None else None, *arguments, need_grad_x
     )
     return y, value, gradients
 
 
-def raw_sample(mu, rho, *, prior, scale, kl, n_samples, grad_w, grad_kl, offsets=(0, 0), ops=OPS):
-    loc, sd, loc_number, sd_number = prior_arguments(prior)
-    tail = (
-        mu,
-        rho,
-        KEY,
-        loc,
-        sd,
-        loc_number,
-        sd_number,
-        code(SCALES, scale),
-        code(KLS, kl),
-        n_samples,
-        0,
-        *offsets,
-    )
-    return ops._sample_normal(*tail), ops._sample_normal_backward(grad_w, grad_kl, *tail)
+def raw_sample(mu, rho, *, grad_w, grad_kl, offsets=(0, 0), ops=OPS, **options):
+    arguments = draw_arguments(mu, rho, row_offset=offsets[0], column_offset=offsets[1], **options)
+    return ops._sample_normal(*arguments), ops._sample_normal_backward([grad_w, grad_kl], *arguments)

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from kernels import KLS, OPS, SCALES, draw_arguments
 
 import bnn_fast as bf
 from bnn_fast.operators import raw as ops
-
-OPTIONS = (None, None, 0.1, 0.7)
 
 
 def test_a_build_without_cuda_kernels_runs_cuda_tensors_on_the_twin_and_says_so(monkeypatch):
@@ -33,23 +32,27 @@ def inputs(rows: int = 33, columns: int = 1023):
     return mu, rho, torch.tensor([-123456789123456789, 7])
 
 
+def on_both(tensors):
+    return tensors, [t.cuda() for t in tensors]
+
+
+def sample(mu, rho, key, **options):
+    return OPS._sample_normal(*draw_arguments(mu, rho, key=key, prior=bf.Normal(0.1, 0.7), **options))
+
+
 @pytest.mark.cuda
-@pytest.mark.parametrize("kl", [0, 1, 2])
-@pytest.mark.parametrize("scale", [0, 1, 2])
+@pytest.mark.parametrize("kl", KLS)
+@pytest.mark.parametrize("scale", SCALES)
 def test_sample_normal_has_the_bits_of_the_cpu(scale, kl):
-    tensors = inputs()
-    tail = (*OPTIONS, scale, kl, 3, 1, 5, 6)
-    weight, value = torch.ops.bnn_fast._sample_normal(*tensors, *tail)
-    on_gpu, value_on_gpu = torch.ops.bnn_fast._sample_normal(*(t.cuda() for t in tensors), *tail)
+    options = dict(scale=scale, kl=kl, n_samples=3, stream=1, row_offset=5, column_offset=6)
+    (weight, value), (on_gpu, value_on_gpu) = (sample(*tensors, **options) for tensors in on_both(inputs()))
     assert torch.equal(on_gpu.cpu().view(torch.int32), weight.view(torch.int32))
     assert value_on_gpu.item() == pytest.approx(value.item(), rel=1e-6)
 
 
 @pytest.mark.cuda
 def test_many_weights_have_the_bits_of_the_cpu():
-    tensors = inputs(4096, 8192)
-    weight, _ = torch.ops.bnn_fast._sample_normal(*tensors, *OPTIONS, 0, 0, 1, 0, 0, 0)
-    on_gpu, _ = torch.ops.bnn_fast._sample_normal(*(t.cuda() for t in tensors), *OPTIONS, 0, 0, 1, 0, 0, 0)
+    (weight, _), (on_gpu, _) = (sample(*tensors) for tensors in on_both(inputs(4096, 8192)))
     assert torch.equal(on_gpu.cpu().view(torch.int32), weight.view(torch.int32))
 
 
@@ -79,13 +82,12 @@ def test_beyond_two_to_the_31_elements():
 @pytest.mark.cuda
 def test_kernels_run_on_the_current_stream():
     mu, rho, key = (t.cuda() for t in inputs(2048, 4096))
-    tail = (*OPTIONS, 0, 1, 1, 0, 0, 0)
-    expected, _ = torch.ops.bnn_fast._sample_normal(mu * 2, rho, key, *tail)
+    expected, _ = sample(mu * 2, rho, key, kl="analytic")
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         torch.cuda._sleep(10_000_000)
         doubled = mu * 2  # on the default stream the kernel would read this before it is written
-        weight, _ = torch.ops.bnn_fast._sample_normal(doubled, rho, key, *tail)
+        weight, _ = sample(doubled, rho, key, kl="analytic")
     stream.synchronize()
     assert torch.equal(weight, expected)
 

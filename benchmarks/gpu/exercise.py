@@ -24,7 +24,7 @@ def cases(device: str) -> Iterator[tuple[str, operators.Calls]]:
     for (dtype, x_dtype), draws in itertools.product(TYPES, (1, 3)):
         options = {"dtype": dtype, "device": device, "samples": draws}
         if draws > 1:  # with them the rarer options
-            options |= {"kl": operators.SAMPLED, "prior_tensors": True, "offsets": (5, 3)}
+            options |= {"kl": "sampled", "prior_tensors": True, "offsets": (5, 3)}
         name = f"{dtype}, x {x_dtype}, {draws} draws"
         if dtype == x_dtype:
             yield f"elementwise, {name}", operators.elementwise(33, 127, reduce=draws == 1, **options)

@@ -7,10 +7,10 @@ from typing import Callable, Iterator, NamedTuple
 import torch
 from torch import Tensor
 
-import bnn_fast  # noqa: F401, registers the operators
+from bnn_fast import Normal
+from bnn_fast.operators import arguments as packing
 
 OPS = torch.ops.bnn_fast
-SOFTPLUS, ANALYTIC, SAMPLED = 0, 1, 2
 Calls = dict[str, Callable[[], object]]
 
 
@@ -18,8 +18,8 @@ def posterior(*shape: int, **factory) -> tuple[Tensor, Tensor]:
     return 0.05 * torch.randn(shape, **factory), 0.1 * torch.randn(shape, **factory) - 3
 
 
-def prior(*shape: int, tensors: bool, **factory) -> tuple[Tensor | None, Tensor | None]:
-    return (torch.zeros(shape, **factory), torch.ones(shape, **factory)) if tensors else (None, None)
+def prior(*shape: int, tensors: bool, **factory) -> Normal:
+    return Normal(torch.zeros(shape, **factory), torch.ones(shape, **factory)) if tensors else Normal()
 
 
 def key(device: str) -> Tensor:
@@ -30,40 +30,41 @@ def sum_type(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def elementwise(rows: int, columns: int, *, dtype: torch.dtype, device: str, kl: int = ANALYTIC,
+def elementwise(rows: int, columns: int, *, dtype: torch.dtype, device: str, kl: str = "analytic",
                 samples: int = 1, prior_tensors: bool = False, offsets: tuple[int, int] = (0, 0),
                 reduce: bool = True) -> Calls:
     """Sampling and the KL of mu, rho [rows, columns]; kl and offsets concern the sampling, reduce the KL."""
     factory = {"dtype": dtype, "device": device}
     mu, rho = posterior(rows, columns, **factory)
-    arguments = (*prior(rows, columns, tensors=prior_tensors, **factory), 0.0, 1.0, SOFTPLUS)
-    tail = (key(device), *arguments, kl, samples, 0, *offsets)
+    of_prior = packing.pack_priors(prior(rows, columns, tensors=prior_tensors, **factory))
+    to_draw = packing.to_draw([mu, rho], key(device), of_prior, "softplus", kl, samples, 0, *offsets)
+    to_compare = packing.to_compare([mu, rho], of_prior, "softplus", reduce)
     grad_w = torch.randn(samples, rows, columns, **factory)
     one = torch.ones((), dtype=sum_type(dtype), device=device)
     grad = one if reduce else torch.randn(rows, columns, **factory)
     return {
-        "sample_normal": lambda: OPS._sample_normal(mu, rho, *tail),
-        "sample_normal_backward": lambda: OPS._sample_normal_backward(grad_w, one, mu, rho, *tail),
-        "kl_normal": lambda: OPS._kl_normal(mu, rho, *arguments, reduce),
-        "kl_normal_backward": lambda: OPS._kl_normal_backward(grad, mu, rho, *arguments, reduce)}
+        "sample_normal": lambda: OPS._sample_normal(*to_draw),
+        "sample_normal_backward": lambda: OPS._sample_normal_backward([grad_w, one], *to_draw),
+        "kl_normal": lambda: OPS._kl_normal(*to_compare),
+        "kl_normal_backward": lambda: OPS._kl_normal_backward([grad], *to_compare)}
 
 
 def linear(inputs: int, outputs: int, batch: int, *, dtype: torch.dtype, device: str,
-           x_dtype: torch.dtype | None = None, kl: int = ANALYTIC, samples: int = 1,
+           x_dtype: torch.dtype | None = None, kl: str = "analytic", samples: int = 1,
            prior_tensors: bool = False, offsets: tuple[int, int] = (0, 0)) -> Calls:
     """The linear layer on x [samples * batch, inputs] of x_dtype, or else of the parameters' dtype."""
     factory = {"dtype": dtype, "device": device}
-    pairs = (*posterior(outputs, inputs, **factory), *posterior(outputs, **factory))
-    priors = (*prior(outputs, inputs, tensors=prior_tensors, **factory),
-              *prior(outputs, tensors=prior_tensors, **factory), 0.0, 1.0, 0.0, 1.0)
-    tail = (*pairs, key(device), *priors, SOFTPLUS, kl, samples, *offsets)
+    pairs = [*posterior(outputs, inputs, **factory), *posterior(outputs, **factory)]
+    priors = packing.pack_priors(prior(outputs, inputs, tensors=prior_tensors, **factory),
+                                 prior(outputs, tensors=prior_tensors, **factory))
+    to_draw = packing.to_draw(pairs, key(device), priors, "softplus", kl, samples, 0, *offsets)
     x = torch.randn(samples * batch, inputs, dtype=x_dtype or dtype, device=device)
     grad_y = torch.randn(samples * batch, outputs, dtype=x.dtype, device=device)
     grad_kl = torch.ones((), dtype=sum_type(dtype), device=device)
     backward = OPS._variational_linear_backward
     return {
-        "variational_linear": lambda: OPS._variational_linear(x, *tail),
-        "variational_linear_backward": lambda: backward(grad_y, grad_kl, x, *tail, True)}
+        "variational_linear": lambda: OPS._variational_linear(x, *to_draw),
+        "variational_linear_backward": lambda: backward([grad_y, grad_kl], x, *to_draw, True)}
 
 
 class Case(NamedTuple):

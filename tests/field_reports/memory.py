@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 from common import needs_extension
-from kernels import KEY, OPS, posterior, random
+from kernels import KEY, OPS, draw_arguments, kl_arguments, posterior, random
 
 import bnn_fast as bf
 from bnn_fast import functional
@@ -33,19 +33,17 @@ def test_no_kernel_touches_what_lies_beyond_its_tensors(cases):
         f"exit status {done.returncode} at batch,in,out,samples {done.stdout.splitlines()[-1:]}\n{done.stderr[-2000:]}")
 
 
+PAIR, LAYER = ("mu", "rho"), ("weight_mu", "weight_rho", "bias_mu", "bias_rho")
+
+
 def sample_arguments(**changed) -> tuple:
-    mu, rho = posterior(4, 3)
-    arguments = dict(mu=mu, rho=rho, key=KEY, prior_loc=None, prior_scale=None, loc=0.0, prior_sd=1.0, scale=0, kl=1,
-                     n_samples=1, stream=0, row_offset=0, column_offset=0)
-    return tuple({**arguments, **changed}.values())
+    given = dict(zip(PAIR, posterior(4, 3))) | changed
+    return draw_arguments(*[given.pop(name) for name in PAIR], kl="analytic", **given)
 
 
 def layer_arguments(**changed) -> tuple:
-    weight, bias = posterior(4, 3), posterior(4, seed=1)
-    arguments = dict(weight_mu=weight[0], weight_rho=weight[1], bias_mu=bias[0], bias_rho=bias[1], key=KEY, weight_loc=None,
-                     weight_sd=None, bias_loc=None, bias_sd=None, loc=0.0, sd=1.0, bias_loc_number=0.0, bias_sd_number=1.0,
-                     scale=0, kl=1, n_samples=1, row_offset=0, column_offset=0)
-    return tuple({**arguments, **changed}.values())
+    given = dict(zip(LAYER, (*posterior(4, 3), *posterior(4, seed=1)))) | changed
+    return draw_arguments(*[given.pop(name) for name in LAYER], kl="analytic", **given)
 
 
 @pytest.mark.parametrize("name", ["row_offset", "column_offset"])
@@ -90,10 +88,10 @@ def test_an_offset_is_an_integer(value):
 def test_more_samples_than_the_counter_has_are_refused_at_once():
     begin = time.monotonic()
     for n_samples in (2 ** 40, 2 ** 62):
-        for call in (lambda: OPS._sample_normal_backward(None, None, *sample_arguments(n_samples=n_samples)),
+        for call in (lambda: OPS._sample_normal_backward([None, None], *sample_arguments(n_samples=n_samples)),
                      lambda: OPS._sample_normal(*sample_arguments(n_samples=n_samples)),
                      lambda: OPS._variational_linear(random(0, 3), *layer_arguments(n_samples=n_samples)),
-                     lambda: OPS._variational_linear_backward(None, torch.tensor(1.0), None,
+                     lambda: OPS._variational_linear_backward([None, torch.tensor(1.0)], None,
                                                               *layer_arguments(n_samples=n_samples), False)):
             with pytest.raises(RuntimeError, match=f"n_samples is {n_samples}"):
                 call()
@@ -108,35 +106,31 @@ def test_more_samples_than_the_counter_has_are_refused_at_once():
                                            (torch.ones(0), r"shape \[0\]")])
 def test_a_kl_gradient_that_does_not_fit_is_refused(grad, message):
     with pytest.raises(RuntimeError, match=f"grad_kl has .*{message}"):
-        OPS._variational_linear_backward(None, grad, None, *layer_arguments(), False)
+        OPS._variational_linear_backward([None, grad], None, *layer_arguments(), False)
     with pytest.raises(RuntimeError, match=f"grad_kl has .*{message}"):
-        OPS._sample_normal_backward(None, grad, *sample_arguments())
+        OPS._sample_normal_backward([None, grad], *sample_arguments())
 
 
-NAMES = ("weight_mu", "weight_rho", "bias_mu", "bias_rho", "key")
-
-
-@pytest.mark.parametrize("name", ["x", *NAMES])
+@pytest.mark.parametrize("name", ["x", *LAYER, "key"])
 def test_a_tensor_without_data_among_others_is_refused(name):
-    arguments, x = list(layer_arguments()), random(2, 3)
-    if name == "x":
-        x = x.to("meta")
-    else:
-        arguments[NAMES.index(name)] = arguments[NAMES.index(name)].to("meta")
+    given = dict(zip(("x", *LAYER, "key"), (random(2, 3), *posterior(4, 3), *posterior(4, seed=1), KEY)))
+    given[name] = given[name].to("meta")
+    x, arguments = given.pop("x"), layer_arguments(**given)
     with pytest.raises(ValueError, match="expected to be on (cpu|meta)"):
         OPS._variational_linear(x, *arguments)
     with pytest.raises(ValueError, match="expected to be on (cpu|meta)"):
-        OPS._variational_linear_backward(random(2, 4), None, x, *arguments, True)
-    for name, position in (("rho", 1), ("key", 2)):
-        arguments = list(sample_arguments())
-        arguments[position] = arguments[position].to("meta")
+        OPS._variational_linear_backward([random(2, 4), None], x, *arguments, True)
+    mu, rho = posterior(4, 3)
+    for name, elsewhere in (("rho", rho.to("meta")), ("key", KEY.to("meta"))):
+        arguments = sample_arguments(**{name: elsewhere})
         with pytest.raises(ValueError, match=f"{name}: expected to be on cpu as mu is"):
             OPS._sample_normal(*arguments)
         with pytest.raises(ValueError, match=f"{name}: expected to be on cpu as mu is"):
-            OPS._sample_normal_backward(None, None, *arguments)
-    mu, rho = posterior(4, 3)
+            OPS._sample_normal_backward([None, None], *arguments)
     with pytest.raises(ValueError, match="rho: expected to be on cpu as mu is"):
-        OPS._kl_normal(mu, rho.to("meta"), None, None, 0.0, 1.0, 0, True)
+        OPS._kl_normal(*kl_arguments(mu, rho.to("meta")))
+    with pytest.raises(ValueError, match=r"prior\[1\]: expected to be on cpu as mu is"):
+        OPS._kl_normal(*kl_arguments(mu, rho, prior=bf.Normal(mu, torch.ones(4, 3, device="meta"))))
 
 
 @pytest.mark.parametrize("missing", ["weight_rho", "bias_mu"])
@@ -152,19 +146,19 @@ def test_a_layer_that_was_loaded_by_half_says_what_is_missing(missing):
             call()
 
 
-@pytest.mark.parametrize("position", range(6))
-def test_a_storage_that_was_made_smaller_is_refused(position):
-    arguments = [random(2, 3), *layer_arguments()]
-    arguments[5] = KEY.clone()
-    arguments[position].untyped_storage().resize_(4 if position == 1 else 0)
+@pytest.mark.parametrize("name", ["x", *LAYER, "key"])
+def test_a_storage_that_was_made_smaller_is_refused(name):
+    given = dict(zip(("x", *LAYER, "key"), (random(2, 3), *posterior(4, 3), *posterior(4, seed=1), KEY.clone())))
+    given[name].untyped_storage().resize_(4 if name == "weight_mu" else 0)
+    x, arguments = given.pop("x"), layer_arguments(**given)
     with pytest.raises(RuntimeError, match="storage of . bytes, expected at least"):
-        OPS._variational_linear(*arguments)
+        OPS._variational_linear(x, *arguments)
     with pytest.raises(RuntimeError, match="storage of . bytes, expected at least"):
-        OPS._variational_linear_backward(random(2, 4), None, *arguments, True)
+        OPS._variational_linear_backward([random(2, 4), None], x, *arguments, True)
     gone = random(2, 4)
     gone.untyped_storage().resize_(0)
     with pytest.raises(RuntimeError, match="grad_y has .* storage of 0 bytes"):
-        OPS._variational_linear_backward(gone, None, random(2, 3), *layer_arguments(), True)
+        OPS._variational_linear_backward([gone, None], random(2, 3), *layer_arguments(), True)
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (4, 0), (0, 0)])
@@ -175,5 +169,5 @@ def test_empty_shapes_give_empty_results(shape, batch):
     x = random(batch, shape[1])
     y, kl = OPS._variational_linear(x, *arguments)
     assert y.shape == (batch, shape[0]) and kl == 0
-    gradients = OPS._variational_linear_backward(torch.ones_like(y), None, x, *arguments, True)
+    gradients = OPS._variational_linear_backward([torch.ones_like(y), None], x, *arguments, True)
     assert gradients[0].shape == x.shape and not gradients[0].any()

@@ -177,6 +177,12 @@ def test_jit_trace():
     with torch.no_grad(), bf.sampling(model, seed=1):
         traced = torch.jit.trace(model, x)
         torch.testing.assert_close(traced(x), model(x))
+    frozen = torch.jit.freeze(traced.eval())
+    try:
+        for _ in range(3):
+            torch.testing.assert_close(frozen(x), traced(x))
+    except RuntimeError as error:  # of the versions of torch that empty a constant list, see csrc/arguments.h
+        assert "trace bnn_fast.draw(model, seed), an ordinary module" in str(error)
     with bf.sampling(model, mean=True):
         traced = torch.jit.trace(model, x)
         torch.testing.assert_close(traced(x), model(x))

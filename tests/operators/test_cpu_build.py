@@ -11,6 +11,7 @@ from collections import defaultdict
 
 import pytest
 import torch
+from kernels import OPS, draw_arguments
 
 from bnn_fast import _C
 
@@ -55,15 +56,16 @@ PROBE = """
 import hashlib, torch
 from bnn_fast import _C
 op = torch.ops.bnn_fast
+prior = [], [0.0, 1.0]
 torch.manual_seed(0)
 key = torch.tensor([-987654321987654321, 3])
 digest = hashlib.sha256()
 for rows, columns, offset in ((1, 1, 0), (3, 127, 0), (5, 1023, 6), (2, 300, 3)):
     mu, rho = torch.randn(rows, columns), torch.randn(rows, columns) * 40
-    weight, kl = op._sample_normal(mu, rho, key, None, None, 0.0, 1.0, 0, 2, 2, 0, 7, offset)
+    weight, kl = op._sample_normal([mu, rho], key, *prior, [0, 0, 2, 2, 0, 7, offset])
     digest.update(weight.numpy().tobytes())
 x, mu, rho = torch.randn(6, 300), torch.randn(9, 300), torch.randn(9, 300) - 3
-y, kl = op._variational_linear(x, mu, rho, None, None, key, None, None, None, None, 0.0, 1.0, 0.0, 1.0, 0, 1, 2, 0, 0)
+y, kl = op._variational_linear(x, [mu, rho], key, *prior, [0, 0, 1, 2, 0, 0, 0])
 print(_C.cpu_capability(), digest.hexdigest(), kl.item(), y.double().sum().item())
 """
 
@@ -107,17 +109,15 @@ def test_no_weight_sized_memory_beyond_gradients_and_one_buffer(batch, samples, 
     mu, rho = torch.randn(rows, columns), torch.full((rows, columns), -3.0)
     n = samples * batch
     x, grad_y, grad_kl = torch.randn(n, columns), torch.randn(n, rows), torch.tensor(0.5)
-    key = torch.tensor([5, 0])
-    options = (None, None, key, None, None, None, None, 0.0, 1.0, 0.0, 1.0, 0, 1, samples, 0, 0)
-    op = torch.ops.bnn_fast
+    arguments = draw_arguments(mu, rho, kl="analytic", n_samples=samples)
     activations = 5 * n * rows * 4  # packed or as results; less than the weights
     assert activations < weights
 
     def forward():
-        return op._variational_linear(x, mu, rho, *options)
+        return OPS._variational_linear(x, *arguments)
 
     def backward():
-        return op._variational_linear_backward(grad_y, grad_kl, x, mu, rho, *options, True)
+        return OPS._variational_linear_backward([grad_y, grad_kl], x, *arguments, True)
 
     assert allocated(lambda: torch.empty(rows, columns)) == weights  # the watch sees what it should
     assert allocated(forward) <= buffers * weights + activations

@@ -13,6 +13,7 @@ from kernels import (  # noqa: F401
     KEY,
     OPS,
     expected_regime,
+    kl_arguments,
     make_prior,
     one_thread,
     posterior,
@@ -65,7 +66,7 @@ def everything(regime: str) -> list[torch.Tensor]:
             grad_kl=torch.tensor(1.0),
         )
         results += [w, value, *gradients]
-    return [*results, OPS._kl_normal(mu, rho, None, None, 0.0, 1.0, 0, True)]
+    return [*results, OPS._kl_normal(*kl_arguments(mu, rho))]
 
 
 @pytest.mark.parametrize("regime", SHAPES)
@@ -102,7 +103,7 @@ def test_short_rows_have_the_bits_that_each_has_alone_bit_for_bit(columns, offse
             grad_kl=torch.tensor(0.5, dtype=torch.promote_types(dtype, torch.float32)),
             offsets=(of.start, offset),
         )
-        elements = OPS._kl_normal(mu[of], rho[of], here.loc, here.scale, 0.0, 1.0, 0, False)
+        elements = OPS._kl_normal(*kl_arguments(mu[of], rho[of], prior=here, reduce=False))
         return [*w.unbind(), *gradients, elements]
 
     for row in range(rows):

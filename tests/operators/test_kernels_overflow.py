@@ -11,7 +11,7 @@ from kernels import (
     DTYPES,
     OPS,
     SCALES,
-    code,
+    kl_arguments,
     in_every_regime,
     one_thread,  # noqa: F401
     random,
@@ -80,9 +80,9 @@ def test_sigmas_near_both_ends(scale, kl):
 def test_elementwise_divergence(scale):
     rho, large = overflowing(5, 40)
     mu = random(5, 40, seed=1)
-    tail = (mu, rho, None, None, 0.0, 1.0, code(SCALES, scale), False)
-    assert (OPS._kl_normal(*tail)[large] == math.inf).all()
+    arguments = kl_arguments(mu, rho, scale=scale, reduce=False)
+    assert (OPS._kl_normal(*arguments)[large] == math.inf).all()
     grad = torch.ones(5, 40)
     grad[0] = 0.0
-    d_mu, d_rho = OPS._kl_normal_backward(grad, *tail)
+    d_mu, d_rho = OPS._kl_normal_backward([grad], *arguments)
     assert (d_rho[1:][large[1:]] == math.inf).all() and (d_rho[0] == 0).all() and d_mu.isfinite().all()

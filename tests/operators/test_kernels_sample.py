@@ -14,7 +14,8 @@ from kernels import (
     KLS,
     OPS,
     SCALES,
-    code,
+    draw_arguments,
+    kl_arguments,
     one_thread,  # noqa: F401
     posterior,
     random,
@@ -51,13 +52,8 @@ def test_noise_is_the_references_bit_for_bit(shape):
         (2, 7, 2**32 - 9, 2**32 - 3),
     ):
         for key in (KEY, torch.tensor([-1, 2**32 - 2]), torch.tensor([-(2**63), 0])):
-            w, _ = OPS._sample_normal(
-                zero, zero, key, None, None, 0.0, 1.0, 1, 0, n_samples, stream, row_offset, column_offset
-            )
-            expected, _ = reference.sample_normal(
-                zero,
-                zero,
-                key,
+            options = dict(
+                key=key,
                 scale="exp",
                 kl=None,
                 n_samples=n_samples,
@@ -65,6 +61,8 @@ def test_noise_is_the_references_bit_for_bit(shape):
                 row_offset=row_offset,
                 column_offset=column_offset,
             )
+            w, _ = OPS._sample_normal(*draw_arguments(zero, zero, **options))
+            expected, _ = reference.sample_normal(zero, zero, **options)
             assert w.shape == (n_samples, *shape)
             assert torch.equal(w.view(torch.int32), expected.view(torch.int32))
 
@@ -112,9 +110,9 @@ def test_kl_normal_over_the_whole_range_of_rho(scale):
     leaves = mu.double().requires_grad_(), rho.double().requires_grad_()
     truth = reference.kl_normal(*leaves, scale=scale, reduction="none")
     grads = torch.autograd.grad(truth.sum(), leaves)
-    tail = (mu, rho, None, None, 0.0, 1.0, code(SCALES, scale), False)
-    torch.testing.assert_close(OPS._kl_normal(*tail).double(), truth.detach(), rtol=1e-6, atol=1e-5)
-    for got, true in zip(OPS._kl_normal_backward(torch.ones(5001), *tail), grads):
+    arguments = kl_arguments(mu, rho, scale=scale, reduce=False)
+    torch.testing.assert_close(OPS._kl_normal(*arguments).double(), truth.detach(), rtol=1e-6, atol=1e-5)
+    for got, true in zip(OPS._kl_normal_backward([torch.ones(5001)], *arguments), grads):
         torch.testing.assert_close(got.double(), true, rtol=2e-6, atol=1e-6)
         assert got[-1] == 0
 
@@ -124,12 +122,12 @@ def test_kl_normal_over_the_whole_range_of_rho(scale):
 @pytest.mark.parametrize("value_of_rho", [1e4, math.inf])
 def test_overflow_is_infinite_and_never_nan(value_of_rho, dtype, scale):
     mu, rho = torch.zeros(3, 40, dtype=dtype), torch.full((3, 40), value_of_rho, dtype=dtype)
-    for kl in (1, 2):
-        w, value = OPS._sample_normal(mu, rho, KEY, None, None, 0.0, 1.0, code(SCALES, scale), kl, 2, 0, 0, 0)
+    for kl in ("analytic", "sampled"):
+        w, value = OPS._sample_normal(*draw_arguments(mu, rho, scale=scale, kl=kl, n_samples=2))
         assert not w.isnan().any() and not value.isnan()
         if scale != "softplus" or value_of_rho == math.inf:
             assert w.isinf().all() and value == math.inf
-    elements = OPS._kl_normal(mu, rho, None, None, 0.0, 1.0, code(SCALES, scale), False)
+    elements = OPS._kl_normal(*kl_arguments(mu, rho, scale=scale, reduce=False))
     assert not elements.isnan().any()
 
 

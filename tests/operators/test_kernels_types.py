@@ -8,8 +8,8 @@ import pytest
 import torch
 from kernels import (
     HALVES,
-    KEY,
     OPS,
+    draw_arguments,
     one_thread,  # noqa: F401
     regime_of,
 )
@@ -29,7 +29,7 @@ def same(a: torch.Tensor, b: torch.Tensor) -> bool:
 def test_a_pruned_weight_is_its_mean_whatever_that_is(dtype):
     mu = every_number(dtype)
     rho = torch.full_like(mu, -math.inf)
-    w = OPS._sample_normal(mu, rho, KEY, None, None, 0.0, 1.0, 0, 0, 1, 0, 0, 0)[0][0]
+    w = OPS._sample_normal(*draw_arguments(mu, rho))[0][0]
     assert same(w, mu)
 
 
@@ -47,6 +47,5 @@ def test_float_results_are_rounded_to_the_nearest_number_of_16_bits(dtype):
     values = torch.cat([values, *beside])
     mu, x = values.unsqueeze(1), torch.ones(1, 1, dtype=dtype)
     assert regime_of(x, mu, 1) == "fused"
-    tail = (None, None, KEY, None, None, None, None, 0.0, 1.0, 0.0, 1.0, 0, 0, 1, 0, 0)
-    y = OPS._variational_linear(x, mu, torch.full_like(mu, -math.inf), *tail)[0]
+    y = OPS._variational_linear(x, *draw_arguments(mu, torch.full_like(mu, -math.inf)))[0]
     assert same(y[0], values.to(dtype))

@@ -6,6 +6,7 @@ import itertools
 import pytest
 import torch
 from common import key_of, needs_extension, posterior
+from kernels import draw_arguments, kl_arguments
 
 from bnn_fast import functional, reference
 from bnn_fast.operators import raw as ops
@@ -16,19 +17,18 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def linear_arguments(dtype, bias, tensor_prior, kl, n_samples, x_dtype=None):
-    mu, rho = posterior(5, 3, dtype=dtype, grad=False)
-    bias_mu, bias_rho = posterior(5, dtype=dtype, seed=1, grad=False) if bias else (None, None)
-    loc, sd = (torch.randn(5, 3, dtype=dtype),
-               torch.rand(5, 3, dtype=dtype) + 0.5) if tensor_prior else (None, None)
+    weight = posterior(5, 3, dtype=dtype, grad=False)
+    bias_pair = posterior(5, dtype=dtype, seed=1, grad=False) if bias else ()
+    prior = Normal(torch.randn(5, 3, dtype=dtype), torch.rand(5, 3, dtype=dtype) + 0.5) if tensor_prior else Normal()
     x = torch.randn(4, 2, 3).to(x_dtype or dtype)
-    return x, (mu, rho, bias_mu, bias_rho, key_of(7), loc, sd, None, None, 0.0, 1.0, 0.1, 0.8, 0, kl,
-               n_samples, 2, 3)
+    return x, draw_arguments(*weight, *bias_pair, key=key_of(7), prior=prior, bias_prior=Normal(0.1, 0.8), kl=kl,
+                             n_samples=n_samples, row_offset=2, column_offset=3)
 
 
 @needs_extension
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bias, tensor_prior, kl, n_samples",
-                         [(True, False, 1, 1), (False, True, 2, 2), (True, True, 0, 4)])
+                         [(True, False, "analytic", 1), (False, True, "sampled", 2), (True, True, None, 4)])
 def test_opcheck_variational_linear(dtype, bias, tensor_prior, kl, n_samples):
     x, tail = linear_arguments(dtype, bias, tensor_prior, kl, n_samples)
     torch.library.opcheck(ops.variational_linear, (x, *tail), test_utils=TESTS)
@@ -36,17 +36,17 @@ def test_opcheck_variational_linear(dtype, bias, tensor_prior, kl, n_samples):
     for grads, given_x, need_x in [((grad_y, grad_kl), x, True), ((grad_y, None), x, False),
                                    ((None, grad_kl), None, False),
                                    ((None, grad_kl), x, True)]:
-        torch.library.opcheck(ops.variational_linear_backward, (*grads, given_x, *tail, need_x),
+        torch.library.opcheck(ops.variational_linear_backward, (list(grads), given_x, *tail, need_x),
                               test_utils=TESTS)
 
 
 @needs_extension
 @pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
 def test_opcheck_with_low_precision_inputs(low):
-    x, tail = linear_arguments(torch.float32, True, False, 1, 1, x_dtype=low)
+    x, tail = linear_arguments(torch.float32, True, False, "analytic", 1, x_dtype=low)
     torch.library.opcheck(ops.variational_linear, (x, *tail), test_utils=TESTS)
     grad_y = torch.randn(4, 2, 5).to(low)
-    torch.library.opcheck(ops.variational_linear_backward, (grad_y, torch.ones(()), x, *tail, True),
+    torch.library.opcheck(ops.variational_linear_backward, ([grad_y, torch.ones(())], x, *tail, True),
                           test_utils=TESTS)
 
 
@@ -55,16 +55,17 @@ def test_opcheck_with_low_precision_inputs(low):
 @pytest.mark.parametrize("shape", [(5, 3), (7,), (2, 3, 4), (0, 3), ()])
 def test_opcheck_sample_and_kl(dtype, shape):
     mu, rho = posterior(*shape, dtype=dtype, grad=False)
-    tail = (key_of(7), None, torch.ones_like(mu), 0.0, 1.0, 1, 2, 3, 0, 0, 0)
-    torch.library.opcheck(ops.sample_normal, (mu, rho, *tail), test_utils=TESTS)
-    w, kl = ops.sample_normal(mu, rho, *tail)
+    arguments = draw_arguments(mu, rho, key=key_of(7), prior=Normal(0.0, torch.ones_like(mu)), scale="exp", kl="sampled",
+                               n_samples=3)
+    torch.library.opcheck(ops.sample_normal, arguments, test_utils=TESTS)
+    w, kl = ops.sample_normal(*arguments)
     for grads in [(w, kl), (w, None), (None, kl)]:
-        torch.library.opcheck(ops.sample_normal_backward, (*grads, mu, rho, *tail), test_utils=TESTS)
+        torch.library.opcheck(ops.sample_normal_backward, (list(grads), *arguments), test_utils=TESTS)
     for reduce in (True, False):
-        tail = (mu, None, 0.0, 1.0, 2, reduce)
-        torch.library.opcheck(ops.kl_normal, (mu, rho, *tail), test_utils=TESTS)
-        grad = ops.kl_normal(mu, rho, *tail)
-        torch.library.opcheck(ops.kl_normal_backward, (grad, mu, rho, *tail), test_utils=TESTS)
+        arguments = kl_arguments(mu, rho, prior=Normal(mu, 1.0), scale="sqrt_exp", reduce=reduce)
+        torch.library.opcheck(ops.kl_normal, arguments, test_utils=TESTS)
+        grad = ops.kl_normal(*arguments)
+        torch.library.opcheck(ops.kl_normal_backward, ([grad], *arguments), test_utils=TESTS)
 
 
 PRIORS = {"numbers": Normal(0.1, 0.7), "tensors": None}

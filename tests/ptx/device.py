@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch.utils._pytree import tree_map_only
 
 
 class Device:
@@ -12,17 +13,12 @@ class Device:
         operator = getattr(torch.ops.bnn_fast, name)
 
         def call(*arguments):
-            results = operator(*(_there(a) for a in arguments))
-            if isinstance(results, tuple):
-                return tuple(r.cpu() for r in results)
-            return results.cpu() if isinstance(results, torch.Tensor) else results
+            return tree_map_only(torch.Tensor, torch.Tensor.cpu, operator(*tree_map_only(torch.Tensor, _there, arguments)))
 
         return call
 
 
-def _there(argument):
-    if not isinstance(argument, torch.Tensor):
-        return argument
+def _there(argument: torch.Tensor) -> torch.Tensor:
     given = argument.untyped_storage()
     storage = torch.empty(given.nbytes(), dtype=torch.uint8).untyped_storage().copy_(given).cuda()
     there = torch.empty(0, dtype=argument.dtype, device="cuda")

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch.utils._pytree import tree_leaves_with_path, tree_map_only
 
 from . import build
 from .interpreter import GlobalMemory, Missed, launch, missed, parse
@@ -70,11 +71,12 @@ class Operators:
         self._fault = None
         with self._tracked():
             older = {a.number for a in self.allocations()}  # what a fault's traceback keeps alive
-            staged = [_staged(a) for a in arguments]
+            staged = tree_map_only(torch.Tensor, _staged, arguments)
             names = {
-                a.untyped_storage().data_ptr(): argument.name
+                t.untyped_storage().data_ptr(): argument.name + "".join(map(str, path))
                 for argument, a in zip(operator.default._schema.arguments, staged)
-                if isinstance(a, torch.Tensor)
+                for path, t in tree_leaves_with_path(a)
+                if isinstance(t, torch.Tensor)
             }
             self._memory = _Memory(self.allocations(), names, older)
             try:
@@ -84,9 +86,7 @@ class Operators:
                     raise
         if self._fault is not None:
             raise self._fault
-        if isinstance(results, tuple):
-            return tuple(r.clone() for r in results)
-        return results.clone() if isinstance(results, torch.Tensor) else results
+        return tree_map_only(torch.Tensor, torch.clone, results)
 
     def missed(self) -> list[Missed]:
         """What of the kernels has not been executed in this process."""
@@ -176,10 +176,8 @@ def _content(a: Allocation) -> int:
     return hash(ctypes.string_at(a.address, a.size))
 
 
-def _staged(argument):
+def _staged(argument: torch.Tensor) -> torch.Tensor:
     """A tensor's copy in fresh memory, with its strides and all that its storage holds."""
-    if not isinstance(argument, torch.Tensor):
-        return argument
     given = argument.untyped_storage()
     storage = torch.empty(given.nbytes(), dtype=torch.uint8).untyped_storage().copy_(given)
     return argument.new_empty(0).set_(storage, argument.storage_offset(), argument.shape, argument.stride())

@@ -14,6 +14,7 @@ from kernels import (
     KLS,
     OPS,
     SCALES,
+    draw_arguments,
     make_prior,
     posterior,
     random,
@@ -215,7 +216,7 @@ def test_linear_pruned_weights(scale, kl, regime, cuda_ops):
 def test_linear_multiplies_by_the_cpus_weights_bit_for_bit(dtype, regime, cuda_ops):
     outputs, inputs, batch = regime
     mu, rho = posterior(outputs, inputs, dtype=dtype)
-    drawn = OPS._sample_normal(mu, rho, KEY, None, None, 0.0, 1.0, 0, 0, 1, 0, 2, 6)[0][0]
+    drawn = OPS._sample_normal(*draw_arguments(mu, rho, row_offset=2, column_offset=6))[0][0]
     for first in range(0, inputs, batch):
         columns = torch.arange(first, first + batch) % inputs
         rows = torch.eye(inputs, dtype=dtype)[columns]

@@ -14,6 +14,7 @@ from kernels import (
     KLS,
     OPS,
     SCALES,
+    draw_arguments,
     make_prior,
     posterior,
     random,
@@ -186,10 +187,10 @@ def test_drawn_in_several_blocks_of_rows(outputs, inputs, batch, n_samples, dtyp
 
 def test_more_parts_of_the_kl_than_threads(cuda_ops):
     mu, rho = posterior(4112, 4)
-    tail = (mu, rho, None, None, KEY, None, None, None, None, 0.0, 1.0, 0.0, 1.0, 0, 1, 5, 0, 0)
+    arguments = draw_arguments(mu, rho, kl="analytic", n_samples=5)
     x = random(5, 4)
     assert regime_of(x, mu, 5, cuda_ops) == "fused"
-    for got, expected in zip(cuda_ops._variational_linear(x, *tail), OPS._variational_linear(x, *tail)):
+    for got, expected in zip(cuda_ops._variational_linear(x, *arguments), OPS._variational_linear(x, *arguments)):
         torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-5)
 
 

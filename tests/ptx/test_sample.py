@@ -14,7 +14,7 @@ from kernels import (
     KLS,
     OPS,
     SCALES,
-    code,
+    draw_arguments,
     posterior,
     random,
     raw_sample,
@@ -33,9 +33,10 @@ def bits(t: torch.Tensor) -> torch.Tensor:
 )
 def test_weights_have_the_cpus_bits(shape, dtype, cuda_ops):
     mu, rho = posterior(*shape, dtype=dtype)
-    for n_samples, stream, offsets in ((1, 0, (0, 0)), (3, 1, (2, 5)), (2, 7, (2**32 - 9, 2**32 - 6))):
+    for n_samples, stream, row, column in ((1, 0, 0, 0), (3, 1, 2, 5), (2, 7, 2**32 - 9, 2**32 - 6)):
         for key in (KEY, torch.tensor([-(2**63), 2**32 - 2])):
-            arguments = (mu, rho, key, None, None, 0.0, 1.0, 0, 0, n_samples, stream, *offsets)
+            place = dict(stream=stream, row_offset=row, column_offset=column)
+            arguments = draw_arguments(mu, rho, key=key, n_samples=n_samples, **place)
             (got, kl), (expected, _) = cuda_ops._sample_normal(*arguments), OPS._sample_normal(*arguments)
             assert got.shape == (n_samples, *shape) and kl == 0
             assert torch.equal(bits(got), bits(expected))
@@ -45,7 +46,7 @@ def test_weights_have_the_cpus_bits(shape, dtype, cuda_ops):
 def test_sigma_has_the_cpus_bits(scale, cuda_ops):
     special = torch.tensor([-math.inf, math.inf, 1e4, -1e4, 0.0, -0.0])
     rho = torch.cat([torch.linspace(-130, 130, 20_000), special])
-    arguments = (torch.zeros_like(rho), rho, KEY, None, None, 0.0, 1.0, code(SCALES, scale), 0, 1, 0, 0, 0)
+    arguments = draw_arguments(torch.zeros_like(rho), rho, scale=scale)
     assert torch.equal(bits(cuda_ops._sample_normal(*arguments)[0]), bits(OPS._sample_normal(*arguments)[0]))
 
 
@@ -111,11 +112,9 @@ def test_pruned_and_extreme_weights(scale, kl, columns, cuda_ops):
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_overflow_is_infinite_and_never_nan(dtype, scale, cuda_ops):
-    for value_of_rho, kl in itertools.product((1e4, math.inf), (1, 2)):
+    for value_of_rho, kl in itertools.product((1e4, math.inf), ("analytic", "sampled")):
         mu, rho = torch.zeros(3, 9, dtype=dtype), torch.full((3, 9), value_of_rho, dtype=dtype)
-        w, value = cuda_ops._sample_normal(
-            mu, rho, KEY, None, None, 0.0, 1.0, code(SCALES, scale), kl, 2, 0, 0, 0
-        )
+        w, value = cuda_ops._sample_normal(*draw_arguments(mu, rho, scale=scale, kl=kl, n_samples=2))
         assert not w.isnan().any() and not value.isnan()
         if scale != "softplus" or value_of_rho == math.inf:
             assert w.isinf().all() and value == math.inf
@@ -154,9 +153,11 @@ def test_a_shifted_view_is_read_where_it_is(cuda_ops):
     """Not aligned as torch aligns fresh memory."""
     for dtype in DTYPES:
         mu, rho = posterior(703, dtype=dtype)
-        arguments = (KEY, None, None, 0.0, 1.0, 0, 1, 1, 0, 0, 0)
-        shifted = cuda_ops._sample_normal(mu[1:], rho[1:], *arguments)
-        for a, b in zip(shifted, cuda_ops._sample_normal(mu[1:].clone(), rho[1:].clone(), *arguments)):
+        where_it_is, aligned = (
+            cuda_ops._sample_normal(*draw_arguments(*pair, kl="analytic"))
+            for pair in ((mu[1:], rho[1:]), (mu[1:].clone(), rho[1:].clone()))
+        )
+        for a, b in zip(where_it_is, aligned):
             assert torch.equal(a, b)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import pytest
 import torch
 from judging import check_kl, check_sample
-from kernels import DTYPES, KLS, OPS, SCALES, posterior, raw_sample
+from kernels import DTYPES, KLS, OPS, SCALES, kl_arguments, posterior, raw_sample
 
 from bnn_fast import Normal
 
@@ -44,8 +44,8 @@ def test_a_thread_takes_more_than_one_round(dtype, columns, cuda_ops):
     got, expected = (raw_sample(mu, rho, **options, ops=ops) for ops in (cuda_ops, OPS))
     if dtype != torch.float64:
         assert torch.equal(got[0][0], expected[0][0])
-    tail = (mu, rho, None, None, 0.25, 0.5, 1, False)
-    results = [(*of[0], *of[1], ops._kl_normal(*tail)) for of, ops in ((got, cuda_ops), (expected, OPS))]
+    arguments = kl_arguments(mu, rho, prior=Normal(0.25, 0.5), scale="exp", reduce=False)
+    results = [(*of[0], *of[1], ops._kl_normal(*arguments)) for of, ops in ((got, cuda_ops), (expected, OPS))]
     rounding = torch.finfo(dtype).eps if dtype == torch.bfloat16 else 1e-6
     for a, b in zip(*results):
         torch.testing.assert_close(a, b, rtol=rounding, atol=1e-5)

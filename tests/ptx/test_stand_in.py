@@ -6,8 +6,9 @@ import ctypes
 from contextlib import nullcontext
 
 import pytest
-from kernels import KEY, posterior
+from kernels import draw_arguments, posterior
 
+from bnn_fast import Normal
 from ptx import build
 from ptx.interpreter import PtxFault
 from ptx.operators import LAUNCH_FAILURE, Launcher, Operators, _Memory
@@ -81,7 +82,7 @@ def test_much_shared_memory_must_have_been_asked_for(runtime):
 
 def draw(ops: Operators, columns: int = 37):
     mu, rho = posterior(19, columns)
-    return ops._sample_normal(mu, rho, KEY, None, None, 0.25, 0.5, 0, 1, 1, 0, 0, 0)
+    return ops._sample_normal(*draw_arguments(mu, rho, prior=Normal(0.25, 0.5), kl="analytic"))
 
 
 def test_a_fault_in_a_kernel_reaches_the_caller(interpreted, monkeypatch):
