@@ -73,6 +73,22 @@ class VariationalMultiheadAttention(Counterpart):
             if n_samples > 1 and (x.dim() == 2 or x.shape[at] % n_samples):
                 raise ValueError(f"{name}: expected dimension {at} to be the batch repeated n_samples={n_samples} times, "
                                  f"given {checks.describe(x)}; see mc_forward")
+        self._check_places(query, key, value, key_padding_mask, attn_mask)
+
+    def _check_places(self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask, attn_mask) -> None:
+        """Batch and lengths of everything agree."""
+        time = 1 if self.batch_first and query.dim() == 3 else 0
+        batch = [query.shape[1 - time]] if query.dim() == 3 else []
+        length, source = query.shape[time], key.shape[time]
+        if batch and key.shape[1 - time] != batch[0]:
+            raise ValueError(f"key: expected a batch of {batch[0]} as query {list(query.shape)}, given {checks.describe(key)}")
+        if value.shape[:-1] != key.shape[:-1]:
+            raise ValueError(f"value: expected length and batch of key {list(key.shape)}, given {checks.describe(value)}")
+        of_heads = [*[self.num_heads * rows for rows in batch or [1]], length, source]
+        for name, mask, shapes in (("key_padding_mask", key_padding_mask, [[*batch, source]]),
+                                   ("attn_mask", attn_mask, [[length, source], of_heads])):
+            if mask is not None and (not isinstance(mask, Tensor) or list(mask.shape) not in shapes):
+                raise ValueError(f"{name}: expected a tensor {' or '.join(map(str, shapes))}, given {checks.describe(mask)}")
 
     def compute(self, weights: dict[str, Tensor], query: Tensor, key: Tensor, value: Tensor, *, key_padding_mask=None,
                 need_weights: bool = True, attn_mask=None, average_attn_weights: bool = True, is_causal: bool = False):

@@ -27,12 +27,30 @@ class _Recurrent(Counterpart):
                              f"(input_size), given {checks.describe(x)}")
         self._check("input", x)
 
+    def _check_states(self, hx, shapes: list[list[int]], x: Tensor) -> None:
+        """hx, if it is given, is one tensor, or a tuple of more, of these shapes, with x's dtype and device."""
+        if hx is None:
+            return
+        states = (hx,) if len(shapes) == 1 else hx
+        if not isinstance(states, (tuple, list)) or len(states) != len(shapes):
+            raise TypeError(f"hx: expected a tuple (h, c), given {checks.describe(hx)}")
+        for state, shape in zip(states, shapes):
+            if not isinstance(state, Tensor):
+                raise TypeError(f"hx: expected a tensor {shape}, given {checks.describe(state)}")
+            if list(state.shape) != shape:
+                raise ValueError(f"hx: expected {shape}, given {checks.describe(state)}")
+            if state.dtype != x.dtype and not functional.autocasting(x):
+                raise TypeError(f"hx: expected {x.dtype} as the input has, given {checks.describe(state)}")
+            if state.device != x.device:
+                raise ValueError(f"hx: expected to be on {x.device} as the input is, given {checks.describe(state)}")
+
     def _in_dtype(self, weights: dict[str, Tensor], x: Tensor) -> list[Tensor]:
         return list(weights.values()) if functional.autocasting(x) else [w.to(x.dtype) for w in weights.values()]
 
 
 class _Sequence(_Recurrent):
     """Counterpart of nn.RNNBase."""
+    cell_state = False
     no_settings = ("_flat_weights", "_flat_weight_refs", "_all_weights")
 
     def __init__(self, arguments: dict, **options):
@@ -46,15 +64,21 @@ class _Sequence(_Recurrent):
 
     def check(self, n_samples: int, input: Tensor | PackedSequence, hx=None) -> None:
         if isinstance(input, PackedSequence):
-            self._check_features(input.data, (2,))
-            rows = int(input.batch_sizes[0])
+            x = input.data
+            self._check_features(x, (2,))
+            batch = [int(input.batch_sizes[0])]
         else:
-            self._check_features(input, (2, 3))
-            rows = input.shape[0 if self.batch_first else 1] if input.dim() == 3 else 1
+            x = input
+            self._check_features(x, (2, 3))
+            batch = [x.shape[0 if self.batch_first else 1]] if x.dim() == 3 else []
+        rows = batch[0] if batch else 1
         if n_samples > 1 and (rows % n_samples or (isinstance(input, Tensor) and input.dim() == 2)):
             place = "a packed batch" if isinstance(input, PackedSequence) else f"dimension {0 if self.batch_first else 1}"
             raise ValueError(f"input: expected {place} to be the batch repeated n_samples={n_samples} times, "
                              f"given {checks.describe(input)} with {rows} sequences; see mc_forward")
+        layers = self.num_layers * (2 if self.bidirectional else 1)
+        sizes = [getattr(self, "proj_size", 0) or self.hidden_size, self.hidden_size]
+        self._check_states(hx, [[layers, *batch, size] for size in sizes[:2 if self.cell_state else 1]], x)
 
     def compute(self, weights: dict[str, Tensor], input: Tensor | PackedSequence, hx=None):
         module = copy.copy(self._described[0])  # its forward is to have the drawn weights, in this call alone
@@ -96,7 +120,7 @@ _SEQUENCE = """{line}, with weights drawn at every call, one draw for the whole 
     Under `sampling` with several samples the batch is the samples', sample-major: dimension 0 of the input with batch_first, else
     dimension 1, and 1 of the states. `mc_forward`, `predict` and `ELBO` repeat dimension 0; with time first they need vectorized=False.
 
-    Raises ValueError or TypeError where an argument does not fit, or the input has another number of features, dtype or device, or, with
+    Raises ValueError or TypeError where an argument does not fit, or input or states have another shape, dtype or device, or, with
     several samples, no batch that they divide. As with torch's own, torch.compile leaves the call to eager mode.
     """
 
@@ -119,6 +143,7 @@ class VariationalRNN(_Sequence):
 class VariationalLSTM(_Sequence):
     __doc__ = _SEQUENCE.format(line="Long short-term memory (Hochreiter and Schmidhuber 1997)", name="LSTM")
     ordinary = nn.LSTM
+    cell_state = True
 
     def __init__(self, input_size: int, hidden_size: int, num_layers: int = 1, bias: bool = True, batch_first: bool = False,
                  dropout: float = 0.0, bidirectional: bool = False, proj_size: int = 0, *,
@@ -160,13 +185,7 @@ class _Cell(_Recurrent):
 
     def check(self, n_samples: int, input: Tensor, hx=None) -> None:
         self._check_features(input, (1, 2))
-        given = (hx,) if self.states == 1 else hx
-        if hx is not None and (not isinstance(given, (tuple, list)) or len(given) != self.states):
-            raise TypeError(f"hx: expected a tuple (h, c), given {checks.describe(hx)}")
-        for state in given or ():
-            expected = [*input.shape[:-1], self.hidden_size]
-            if hx is not None and (not isinstance(state, Tensor) or list(state.shape) != expected):
-                raise ValueError(f"hx: expected {expected}, given {checks.describe(state)}")
+        self._check_states(hx, [[*input.shape[:-1], self.hidden_size]] * self.states, input)
         if n_samples > 1:
             checks.repeated("input", input, n_samples, 1)
 

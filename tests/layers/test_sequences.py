@@ -257,6 +257,20 @@ def test_a_forecaster_predicts():
     (lambda: bf.VariationalLSTM(0, 4), ValueError, "input_size: expected at least 1, given 0"),
     (lambda: bf.VariationalLSTMCell(3, 4)(torch.zeros(2, 3), torch.zeros(2, 4)), TypeError, r"hx: expected a tuple \(h, c\)"),
     (lambda: bf.VariationalGRUCell(3, 4)(torch.zeros(2, 3), torch.zeros(2, 5)), ValueError, r"hx: expected \[2, 4\], given"),
+    (lambda: bf.VariationalRNNCell(3, 4)(torch.zeros(2, 3), torch.zeros(2, 4).double()), TypeError, "hx: expected torch.float32"),
+    (lambda: bf.VariationalGRU(3, 4)(torch.zeros(5, 2, 3), torch.zeros(1, 3, 4)), ValueError, r"hx: expected \[1, 2, 4\], given"),
+    (lambda: bf.VariationalGRU(3, 4)(torch.zeros(5, 3), torch.zeros(1, 1, 4)), ValueError, r"hx: expected \[1, 4\], given"),
+    (lambda: bf.VariationalRNN(3, 4)(torch.zeros(5, 2, 3), 0.0), TypeError, r"hx: expected a tensor \[1, 2, 4\], given"),
+    (lambda: bf.VariationalLSTM(3, 4)(torch.zeros(5, 2, 3), torch.zeros(1, 2, 4)), TypeError, r"hx: expected a tuple \(h, c\)"),
+    (lambda: bf.VariationalLSTM(3, 4, 2, bidirectional=True, proj_size=2)(torch.zeros(5, 2, 3), (torch.zeros(4, 2, 4),) * 2), ValueError,
+     r"hx: expected \[4, 2, 2\], given"),
+    (lambda: bf.VariationalLSTM(3, 4)(torch.zeros(5, 2, 3), (torch.zeros(1, 2, 4, device="meta"),) * 2), ValueError,
+     "hx: expected to be on cpu"),
+    (lambda: attend(key=torch.zeros(4, 3, 8)), ValueError, "key: expected a batch of 2 as query"),
+    (lambda: attend(value=torch.zeros(3, 2, 8)), ValueError, r"value: expected length and batch of key \[4, 2, 8\]"),
+    (lambda: attend(key_padding_mask=torch.zeros(4, 2)), ValueError, r"key_padding_mask: expected a tensor \[2, 4\], given"),
+    (lambda: attend(attn_mask=torch.zeros(2, 5, 4)), ValueError, r"attn_mask: expected a tensor \[5, 4\] or \[4, 5, 4\], given"),
+    (lambda: attend(attn_mask=0.5), ValueError, r"attn_mask: expected a tensor \[5, 4\] or \[4, 5, 4\], given"),
     (lambda: bf.VariationalMultiheadAttention(9, 2), ValueError, "embed_dim: expected a multiple of num_heads=2, given 9"),
     (lambda: bf.VariationalMultiheadAttention(8, 2)(*[torch.zeros(5, 2, 7)] * 3), ValueError, r"query: expected a tensor \[..., 8\]"),
     (lambda: within(bf.VariationalMultiheadAttention(8, 2), 2, *[torch.zeros(5, 8)] * 3), ValueError,
@@ -264,6 +278,10 @@ def test_a_forecaster_predicts():
 def test_bad_input(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def attend(key=torch.zeros(4, 2, 8), value=torch.zeros(4, 2, 8), **masks):
+    return bf.VariationalMultiheadAttention(8, 2)(torch.zeros(5, 2, 8), key, value, **masks)
 
 
 def within(layer, n_samples, *inputs):
