@@ -108,10 +108,13 @@ class Draws(sampling):
     """
 
     def __init__(self, model: nn.Module, n_samples: int, seed: int | None, mean: bool = False, frozen: bool = False):
-        self.model, self.n_samples, self.seed = model, 1 if mean else n_samples, checked_seed(seed)
-        self.first_sample, self.mean, self.pinned = 0, mean, not mean
+        if mean:
+            super().__init__(model, seed=seed, mean=True)
+        else:  # what callers have checked is not checked again: of a small network's step it would be seen
+            self.model, self.n_samples, self.seed = model, n_samples, checked_seed(seed)
+            self.first_sample, self.mean, self.pinned = 0, False, True
+            self._entries = []
         self._frozen = frozen
-        self._entries = []
 
     def _modes(self, layers: list[tuple[str, VariationalLayer]]) -> list[Mode]:
         nothing = not (self.mean or self._frozen or torch.compiler.is_compiling() or stack())
