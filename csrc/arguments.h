@@ -58,11 +58,6 @@ struct Lists {
     STD_TORCH_CHECK(numbers.size() == n, "numbers has ", numbers.size(), ", expected ", n,
                     ": a loc and a scale for each mu and rho");
     // Some versions of torch move the tensors out of a list that they hand over: a constant of a graph has none the next time.
-    for (const Tensors* list : {&posterior, &prior})
-      for (const Tensor& t : *list)
-        STD_TORCH_CHECK(t.defined(), "a list of tensors that torch.jit made a constant was emptied by its first use, as "
-                                     "torch.jit.freeze and the trace of a function have it: trace the layer's module and do "
-                                     "not freeze it, or trace bnn_fast.draw(model, seed), an ordinary module");
   }
 
   bool has(size_t pair) const { return 2 * pair < posterior.size(); }

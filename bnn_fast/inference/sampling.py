@@ -27,7 +27,8 @@ class sampling:
             order of calls. A layer's own seed comes from sha256 of (seed, its qualified name in `model`),
             where the names that torch's wrappers add (`module.`, `_orig_mod.` and so on) do not count. Without
             a seed every call of a layer draws anew.
-        first_sample: number of the first draw: draw s of this context is draw s + first_sample of the seed. Nothing without a seed.
+        first_sample: number of the first draw: draw s of this context is draw s + first_sample of the seed. Without a seed it
+            means nothing.
         mean: use the means of the weights and draw nothing.
         pinned: without a seed, draw on entering, and keep that draw to the end: one network for a recurrent loop.
 

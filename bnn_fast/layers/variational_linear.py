@@ -34,8 +34,7 @@ class VariationalLinear(VariationalLayer):
 
     Raises ValueError or TypeError where an option is unknown, a prior's tensor or x has the wrong shape,
     dtype or device, or, under `sampling`, the batch is not divisible by n_samples. RuntimeError under torch.jit.trace with
-    gradients on, and from a trace that torch.jit.freeze took, which some versions of torch leave without its tensors after the first
-    call: trace `bnn_fast.draw(model, seed)`, an ordinary module.
+    gradients on.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, *,

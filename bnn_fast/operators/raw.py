@@ -19,6 +19,7 @@ from . import arguments
 HAS_EXTENSION = EXTENSION_ERROR is None
 
 
+_tracing = torch._C._get_tracing_state
 _plain = contextvars.ContextVar("bnn_fast.plain", default=False)
 
 
@@ -38,8 +39,11 @@ def plain():
 
 
 def compiled_for(device: torch.device) -> bool:
-    """Whether tensors on `device` have compiled operators; elsewhere the plain twin (reference.py) runs, with the same noise."""
-    if not torch.compiler.is_compiling() and _plain.get():
+    """Whether tensors on `device` have compiled operators; elsewhere the plain twin (reference.py) runs, with the same noise. So it
+    does in a trace of torch.jit, which makes constants of the operators' lists, and some versions of torch take the tensors out
+    of those at their first use; with gradients on layers refuse to be traced.
+    """
+    if not torch.compiler.is_compiling() and (_plain.get() or (_tracing() is not None and not torch.is_grad_enabled())):
         return False
     if device.type == "cuda":
         return HAS_EXTENSION and _has_cuda_kernels()

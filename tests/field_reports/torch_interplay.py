@@ -177,12 +177,13 @@ def test_jit_trace():
     with torch.no_grad(), bf.sampling(model, seed=1):
         traced = torch.jit.trace(model, x)
         torch.testing.assert_close(traced(x), model(x))
-    frozen = torch.jit.freeze(traced.eval())
-    try:
-        for _ in range(3):
-            torch.testing.assert_close(frozen(x), traced(x))
-    except RuntimeError:  # of the versions of torch that empty a constant list at its first use: no number, and none that is wrong
-        pass
+        model.requires_grad_(False)  # torch makes no constant of what needs a gradient
+        function = torch.jit.trace(lambda x: model(x), x)
+    frozen, more = torch.jit.freeze(traced.eval()), torch.randn(7, 3, dtype=torch.float64)
+    for _ in range(3):
+        for given in (x, more):
+            torch.testing.assert_close(frozen(given), traced(given))
+            torch.testing.assert_close(function(given), traced(given))
     with bf.sampling(model, mean=True):
         traced = torch.jit.trace(model, x)
         torch.testing.assert_close(traced(x), model(x))
