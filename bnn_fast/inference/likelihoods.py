@@ -179,4 +179,4 @@ def _gaussian_nll(error: Tensor, log_scale: Tensor, half: Tensor) -> Tensor:
 
 def _rows(nll: Tensor) -> Tensor:
     """[S, B, ...] summed to [S, B]."""
-    return nll.flatten(2).sum(2) if nll.dim() > 2 else nll
+    return nll.sum(tuple(range(2, nll.dim()))) if nll.dim() > 2 else nll

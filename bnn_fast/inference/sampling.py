@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from .. import checks
 from ..layers.base import VariationalLayer, named_layers
 from ..layers.modes import Entry, Mode, enter, innermost, leave, stack
+from ..layers.ordinary import ordinary
 from ..layers.state import fresh_keys
 from .seeds import first_with_parameters, layer_seeds
 
@@ -57,7 +58,7 @@ class sampling:
         self._entries: list[Entry] = []
 
     def __enter__(self):
-        self.layers = layers = named_layers(self.model)
+        layers = named_layers(self.model)
         self.identities = [layer.identities() for _, layer in layers]
         self._entries.append(enter([layer for _, layer in layers], self._modes(layers)))
         return self
@@ -116,6 +117,16 @@ class Draws(sampling):
             self.first_sample, self.mean, self.pinned = 0, False, True
             self._entries = []
         self._frozen = frozen
+
+    def __enter__(self):
+        steps = ordinary()
+        if steps is None or self.seed is not None or self.mean or self._frozen or stack() or (
+                pinned := steps.pinned(self.model, self.n_samples)) is None:
+            return super().__enter__()
+        layers, modes = pinned
+        self._first, self.any, self.one = list(modes.values()), bool(layers), False
+        self._entries.append(enter(layers, modes))
+        return self
 
     def _modes(self, layers: list[tuple[str, VariationalLayer]]) -> list[Mode]:
         nothing = not (self.mean or self._frozen or torch.compiler.is_compiling() or stack())

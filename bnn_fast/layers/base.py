@@ -168,14 +168,9 @@ class VariationalLayer(Posterior):
         """How to draw now."""
         return self._state.mode if torch.compiler.is_compiling() else entered(self) or ORDINARY
 
-    def _mode(self, compiling: bool, ordinary: bool = False) -> tuple[Mode, bool]:
+    def _mode(self, compiling: bool) -> tuple[Mode, bool]:
         """(how to draw now, whether this is a recomputation by activation checkpointing)."""
         state = self._state
-        if ordinary:
-            mode = entered(self) or ORDINARY if stack() else ORDINARY
-            if mode.repeatable:
-                state.latest = self._shared.latest = mode
-            return mode, False
         if compiling:
             mode = state.latest = self._shared.latest = state.mode
             return mode, False

@@ -46,8 +46,8 @@ class Entry:
             layer._state.mode = mode
 
 
-_stack: ContextVar[tuple[Entry, ...]] = ContextVar("bnn_fast.sampling", default=())
-stack = _stack.get
+sampling_stack: ContextVar[tuple[Entry, ...]] = ContextVar("bnn_fast.sampling", default=())
+stack = sampling_stack.get
 
 
 def entered(layer, task: int | None = None) -> Mode | None:
@@ -60,12 +60,16 @@ def entered(layer, task: int | None = None) -> Mode | None:
     return None
 
 
-def enter(layers: list, modes: list[Mode]) -> Entry:
+def enter(layers: list, modes: list[Mode] | dict) -> Entry:
+    """A dictionary's modes are the layers' states' already."""
     compiling = torch.compiler.is_compiling()
     entry = Entry(layers, [layer._state.mode for layer in layers] if compiling else None)
-    entry.put(modes)
+    if isinstance(modes, dict):
+        entry.modes = modes
+    else:
+        entry.put(modes)
     if not compiling:
-        _stack.set((*(e for e in stack() if e.active), entry))
+        sampling_stack.set((*(e for e in stack() if e.active), entry))
     return entry
 
 
@@ -87,9 +91,9 @@ def leave(entry: Entry) -> bool:
     proper = bool(entries) and entries[-1] is entry
     entry.active = False
     others = tuple([e for e in entries if e is not entry])
-    _stack.set(others)
+    sampling_stack.set(others)
     for layer in entry.layers:
-        layer._state.mode = entered(layer) or ORDINARY if others else ORDINARY
+        layer._local.state.mode = entered(layer) or ORDINARY if others else ORDINARY
     return proper
 
 

@@ -10,6 +10,7 @@ from ..operators import arguments as packing
 from ..operators import autograd, functional, raw
 from ..priors import Normal
 from .base import VariationalLayer
+from .ordinary import ordinary
 
 
 class VariationalLinear(VariationalLayer):
@@ -49,15 +50,15 @@ class VariationalLinear(VariationalLayer):
         self.add_posterior("bias", (out_features,) if bias else None, fan_in=in_features)
 
     def forward(self, x: Tensor) -> Tensor:
+        if (steps := ordinary()) is not None and (y := steps.call(self, x)) is not None:
+            return y
         compiling = torch.compiler.is_compiling()
-        ordinary = not compiling and autograd.ordinary()
-        functorch = not (compiling or ordinary) and torch._C._are_functorch_transforms_active()
-        mode, recomputed = self._mode(compiling, ordinary)
+        functorch = not compiling and torch._C._are_functorch_transforms_active()
+        mode, recomputed = self._mode(compiling)
         if self._pruned and not compiling:
             self.keep_pruned()
         weight_mu, weight_rho, bias_mu, bias_rho = parameters = self.tensors()
-        if not ordinary:
-            x = functional.autocast(x)
+        x = functional.autocast(x)
         checks.linear_input(x, weight_mu, mode.n_samples)
         if mode.mean:  # in x's type, as the drawn weights are rounded to it
             return self.compute({"weight": weight_mu, "bias": bias_mu}, x)

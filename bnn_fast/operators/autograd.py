@@ -28,11 +28,6 @@ _DOUBLE = f"bnn_fast's operators are differentiable once: their gradients have n
 _FORWARD = f"bnn_fast's operators have no forward-mode derivative. {_PLAIN}"
 
 
-# Whether an eager call would be made with gradients on and nothing else around that it had to look at; without the nodes nobody
-# has looked.
-ordinary = nodes.ordinary if nodes is not None else lambda: False
-
-
 def transformed() -> bool:
     """Whether torch.compile is tracing or a torch.func transform is active."""
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()

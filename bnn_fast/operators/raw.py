@@ -20,7 +20,7 @@ HAS_EXTENSION = EXTENSION_ERROR is None
 
 
 _tracing = torch._C._get_tracing_state
-_plain = contextvars.ContextVar("bnn_fast.plain", default=False)
+in_plain = contextvars.ContextVar("bnn_fast.plain", default=False)
 
 
 @contextlib.contextmanager
@@ -31,11 +31,11 @@ def plain():
     What is computed within is differentiable after it too. It holds for the thread, or the task of asyncio, that entered it,
     and not in compiled code.
     """
-    token = _plain.set(True)
+    token = in_plain.set(True)
     try:
         yield
     finally:
-        _plain.reset(token)
+        in_plain.reset(token)
 
 
 def compiled_for(device: torch.device) -> bool:
@@ -43,7 +43,7 @@ def compiled_for(device: torch.device) -> bool:
     does in a trace of torch.jit, which makes constants of the operators' lists, and some versions of torch take the tensors out
     of those at their first use; with gradients on layers refuse to be traced.
     """
-    if not torch.compiler.is_compiling() and (_plain.get() or (_tracing() is not None and not torch.is_grad_enabled())):
+    if not torch.compiler.is_compiling() and (in_plain.get() or (_tracing() is not None and not torch.is_grad_enabled())):
         return False
     if device.type == "cuda":
         return HAS_EXTENSION and _has_cuda_kernels()

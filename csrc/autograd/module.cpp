@@ -1,16 +1,10 @@
 // The Python module bnn_fast._autograd: the eager nodes of call.h. It uses libtorch's own headers, so it belongs to the very torch
 // that it was built for; bnn_fast loads it under no other.
-#include <ATen/CPUGeneratorImpl.h>
-#include <ATen/SavedTensorHooks.h>
-#include <ATen/autocast_mode.h>
-#include <c10/core/impl/TorchDispatchModeTLS.h>
-#include <torch/csrc/autograd/graph_task.h>
-#include <torch/csrc/jit/frontend/tracer.h>
 #include <torch/csrc/jit/python/pybind_utils.h>
 #include <torch/extension.h>
 #include <torch/version.h>
 
-#include "call.h"
+#include "ordinary.h"
 
 namespace {
 
@@ -49,30 +43,6 @@ c10::intrusive_ptr<Call> call_of(const Operator& op, const py::tuple& arguments)
   return c10::make_intrusive<Call>(op, std::move(values));
 }
 
-// torch.randint(-2^63, 2^63 - 1, (count, 2)).unbind(): the same numbers of the same generator, in one step.
-py::tuple fresh_keys(size_t count) {
-  auto* generator = at::check_generator<at::CPUGeneratorImpl>(at::detail::getDefaultCPUGenerator());
-  std::lock_guard<std::mutex> lock(generator->mutex_);
-  py::tuple keys(count);
-  for (size_t i = 0; i < count; ++i) {
-    at::Tensor key = at::empty({2}, at::kLong);
-    for (int64_t* word : {key.mutable_data_ptr<int64_t>(), key.mutable_data_ptr<int64_t>() + 1})
-      *word = static_cast<int64_t>(generator->random64() % UINT64_MAX + (uint64_t(1) << 63));
-    keys[i] = py::cast(std::move(key));
-  }
-  return keys;
-}
-
-// Whether a call would be made in plain eager mode, with gradients and none of what layers have to look at one by one: transforms
-// of torch.func, traces, autocast, a backward pass, hooks for saved tensors, dispatch modes.
-bool ordinary() {
-  auto included = [](c10::DispatchKey key) { return c10::impl::tls_is_dispatch_key_included(key); };
-  return at::GradMode::is_enabled() && !included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) &&
-         !torch::jit::tracer::isTracing() && !at::autocast::is_autocast_enabled(at::kCPU) &&
-         !at::autocast::is_autocast_enabled(at::kCUDA) && torch::autograd::get_current_graph_task_id() == -1 &&
-         !at::SavedTensorDefaultHooks::get_hooks(true) && !c10::impl::TorchDispatchModeTLS::any_modes_set();
-}
-
 c10::OperatorHandle handle_of(const std::string& name) { return c10::Dispatcher::singleton().findSchemaOrThrow(name.c_str(), ""); }
 
 }  // namespace
@@ -97,8 +67,13 @@ PYBIND11_MODULE(_autograd, m) {
     }
     return std::make_pair(std::move(y), std::move(call));
   }));
-  m.def("fresh_keys", &fresh_keys);
-  m.def("ordinary", &ordinary);
+  m.def("fresh_keys", [](int64_t count) { return py::tuple(py::cast(bnn_fast::fresh_keys(count))); });
+  using bnn_fast::Ordinary;
+  py::class_<Ordinary>(m, "Ordinary")
+      .def(py::init<const Operator&, py::object, py::object, py::object, py::tuple, py::object, py::object, py::dict, py::dict>())
+      .def("call", torch::wrap_pybind_function([](const Ordinary& o, py::handle layer, py::handle x) { return o.call(layer, x); }))
+      .def("handed_over", &Ordinary::handed_over)
+      .def("pinned", &Ordinary::pinned);
   m.def("kl", torch::wrap_pybind_function([](const Operator& op, const py::tuple& arguments) {
     auto call = call_of(op, arguments);
     py::gil_scoped_release release;

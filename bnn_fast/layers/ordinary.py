@@ -1,0 +1,20 @@
+"""What a training step of linear layers asks for where nothing is unusual, each in one step of the compiled nodes: csrc/autograd/
+ordinary.h. Whatever they leave alone is done in Python.
+"""
+from __future__ import annotations
+
+import torch
+
+from .. import checks
+from ..operators import autograd, raw
+from .base import VariationalLayer
+from .modes import ORDINARY, Mode, sampling_stack
+from .state import Record
+
+_steps = None if autograd.nodes is None else autograd.nodes.Ordinary(
+    autograd.LINEAR.node, sampling_stack, raw.in_plain, Mode, ORDINARY, Record, VariationalLayer, checks.SCALES, checks.KLS)
+
+
+def ordinary():
+    """Those steps; None where there are none."""
+    return None if torch.compiler.is_compiling() or autograd.nodes is None else _steps
