@@ -1,6 +1,7 @@
 """What a call costs beside its arithmetic: steps of networks so small that little else is left, on one thread.
 
-A step is zero_grad, forward, KL, backward; of a network with Adam (fused) too, its loss written out or an ELBO.
+A step is zero_grad, forward, KL, backward; of a network with Adam (fused) too, its loss written out or an ELBO. Beside the time
+stands what a step launches.
 """
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ from torch import nn
 import bnn_fast as bf
 from bnn_fast.operators import autograd
 
+from . import launches
 from .measure import Case, Run, compare
 from .providers import BASE
 from .step import shape_name, step
@@ -72,6 +74,15 @@ def apart(make: Callable[[], Case]) -> Case:
     return run
 
 
+def with_launches(makers: dict[str, Callable[[], Case]], run: Run) -> dict[str, dict]:
+    found = compare(makers, run)
+    for name, make in makers.items():
+        if "error" not in found[name]:
+            number = launches.count(make(), run.cuda)
+            found[name]["note"] = f"{number} {'kernels' if run.cuda else 'operators'}"
+    return found
+
+
 def measure(run: Run) -> dict[str, dict]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -90,7 +101,7 @@ def _measure(run: Run) -> dict[str, dict]:
         makers = {BASE: linear, "bnn_fast": layer}
         if autograd.nodes is not None:
             makers["without nodes"] = partial(apart, layer)
-        found[f"{shape_name(*shape)}, one thread"] = compare(makers, run)
+        found[f"{shape_name(*shape)}, one thread"] = with_launches(makers, run)
 
     def variational(n_in, n_out):
         return bf.VariationalLinear(n_in, n_out, **factory)
@@ -103,5 +114,5 @@ def _measure(run: Run) -> dict[str, dict]:
               "bnn_fast, ELBO": lambda: training(whole(), elbo, **factory)}
     if autograd.nodes is not None:
         makers["ELBO without nodes"] = partial(apart, lambda: training(whole(), elbo, **factory))
-    found[f"{'-'.join(map(str, NETWORK))}, batch {ROWS}, with Adam, one thread"] = compare(makers, run)
+    found[f"{'-'.join(map(str, NETWORK))}, batch {ROWS}, with Adam, one thread"] = with_launches(makers, run)
     return found

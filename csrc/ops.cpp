@@ -36,6 +36,7 @@ BNN_FAST_DEFINE(BNN_FAST_LIBRARY, m) {
   m.def(
       "_variational_linear_backward(Tensor?[] grads, Tensor? x, Tensor[] posterior, Tensor key, Tensor[] prior, "
       "float[] numbers, int[] options, bool need_grad_x) -> Tensor[]");
+  m.def("_sum_values(Tensor[] values) -> Tensor");  // numbers, each a tensor of its own
   // 0 small (the CPU's narrow.h, CUDA's small_linear*), 1 fused, 2 drawn (layer.h)
   m.def("_linear_regime(Tensor x, Tensor weight_mu, int n_samples) -> int");
 }

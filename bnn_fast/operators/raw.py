@@ -107,6 +107,10 @@ if HAS_EXTENSION:
         _together(arguments.PAIR, posterior, prior, grad_kl=grads[0])
         return _like(posterior)
 
+    @torch.library.register_fake("bnn_fast::_sum_values")
+    def _(values):
+        return values[0].new_empty(())
+
     @torch.library.register_fake("bnn_fast::_variational_linear")
     def _(x, posterior, key, prior, numbers, options):
         weight_mu = _together(arguments.LAYER, posterior, prior, x=x, key=key)

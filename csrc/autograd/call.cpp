@@ -88,15 +88,17 @@ struct KlNode : Node {
   }
 };
 
-// A tensor of its own, as the calls' must not get the node. More than two of a GPU's take two launches, whatever their number.
+// A tensor of its own, as the calls' must not get the node.
 at::Tensor sum_of(const std::vector<c10::intrusive_ptr<Call>>& calls) {
-  std::vector<at::Tensor> all;
-  for (const auto& call : calls) all.push_back(call->kl.to(calls[0]->kl.device()));
-  if (all.size() == 1) return all[0].clone();
-  if (all.size() > 2 && all[0].is_cuda()) return at::stack(all).sum();
-  at::Tensor total = all[0];
-  for (size_t i = 1; i < all.size(); ++i) total = total + all[i];
-  return total;
+  static const auto sum_values = c10::Dispatcher::singleton().findSchemaOrThrow("bnn_fast::_sum_values", "");
+  if (calls.size() == 1) return calls[0]->kl.clone();
+  at::ScalarType dtype = calls[0]->kl.scalar_type();
+  for (const auto& call : calls) dtype = c10::promoteTypes(dtype, call->kl.scalar_type());
+  c10::List<at::Tensor> values;
+  for (const auto& call : calls) values.push_back(call->kl.to(calls[0]->kl.device(), dtype));
+  torch::jit::Stack stack{std::move(values)};
+  sum_values.callBoxed(stack);
+  return std::move(stack.back()).toTensor();
 }
 
 // 0 for what has none.

@@ -1,0 +1,13 @@
+// Launcher of sum_values.cu: raw pointers and a stream; no torch.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "../problem.h"
+
+namespace bnn_fast {
+
+// out = the sum of the numbers that values point to, each a float, or a double if that is the type.
+extern "C" cudaError_t bnn_fast_cuda_sum_values(const void* const* values, int64_t count, Type type, void* out, void* stream);
+
+}  // namespace bnn_fast
