@@ -10,8 +10,7 @@
 namespace bnn_fast {
 
 template <class Device> Tensor sum_values(const Tensors& values) {
-  STD_TORCH_CHECK(!values.empty(), "values has no tensors, expected at least one");
-  const Tensor& first = values[0];
+  const Tensor& first = values[0];  // without any torch finds no kernel to call
   Type type = type_of_tensor(first, "values[0]");
   STD_TORCH_CHECK(type == Type::kFloat32 || type == Type::kFloat64, "values[0] has dtype number ",
                   static_cast<int>(first.scalar_type()), ", expected float32 or float64");
