@@ -59,7 +59,7 @@ inline void forward_rows(const LinearForward& problem, int64_t row, PriorSpan<F>
   int64_t end = padded_columns<F>(p), all = problem.samples * problem.batch;
   Tile<F> mu_scratch, rho_scratch;
   alignas(64) S tile[R * kTile];
-  for (int r = 0; r < R; ++r)
+  for (int r = 0; r < R && !p.column_factors; ++r)
     for (int64_t c = 0; c < end; c += kTile) {
       Span span = span_at(p, row + r, c, end);
       const S* mu = load_span<F>(p.mu, p.type, p.columns, span, 0, mu_scratch);
@@ -74,6 +74,11 @@ inline void forward_rows(const LinearForward& problem, int64_t row, PriorSpan<F>
       int width = 0;
       for (int r = 0; r < R; ++r) {
         Span span = span_at(p, row + r, c, end);
+        width = span.width;
+        if (p.column_factors) {
+          factorised_weights<F>(p, span, mu_scratch, tile + r * kTile);
+          continue;
+        }
         const S* mu = load_span<F>(p.mu, p.type, p.columns, span, 0, mu_scratch);
         const S* rho = nullptr;
         if (problem.divergence == kSampled) {
@@ -82,7 +87,6 @@ inline void forward_rows(const LinearForward& problem, int64_t row, PriorSpan<F>
         }
         draw_span<F>(noise, span, s, problem.divergence, mu, rho, sigma + r * end + c, log_sigma + r * end + c, prior,
                      tile + r * kTile, kl);
-        width = span.width;
       }
       multiply_tile<F, R>(tile, x + c * all, all, problem.batch, width / W, sums);
     }
@@ -180,11 +184,16 @@ inline void backward_rows(const LinearBackward& problem, int64_t row, int64_t be
     int at = r * kTile;
     draws[r] = {eps + at, weight + at, grad_weight + at, by_mu + at, by_sigma + at};
     spans[r] = span_at(p, row + r, begin, end);
-    gradient[r].move_to(spans[r]);
+    if (!p.column_factors) gradient[r].move_to(spans[r]);
     prefetch_span(p, spans[r], R);
   }
   for (int64_t s = 0; s < problem.samples; ++s) {
-    for (int r = 0; r < R; ++r) gradient[r].draw(spans[r], s, draws[r]);
+    for (int r = 0; r < R; ++r) {
+      if (!p.column_factors)
+        gradient[r].draw(spans[r], s, draws[r]);
+      else if (grad_x)
+        factorised_weights<F>(p, spans[r], draws[r].eps, draws[r].weight);
+    }
     int64_t first = s * problem.batch;
     int vectors = spans[0].width / W;
     const S *g_s = g + first * kGradientOutputs, *x_s = x + first * W;
@@ -195,7 +204,12 @@ inline void backward_rows(const LinearBackward& problem, int64_t row, int64_t be
     }
     for (int r = 0; r < R; ++r) gradient[r].accumulate(spans[r], s, draws[r]);
   }
-  for (int r = 0; r < R; ++r) gradient[r].finish(spans[r], draws[r], problem.grad_mu, problem.grad_rho);
+  for (int r = 0; r < R; ++r) {
+    if (p.column_factors)
+      factorised_gradients<F>(p, spans[r], draws[r].grad_weight, problem.grad_mu, problem.grad_rho);
+    else
+      gradient[r].finish(spans[r], draws[r], problem.grad_mu, problem.grad_rho);
+  }
 }
 
 // packed[v][b] = rows[b][v * W - shift ...] for the columns [begin, end), of vectors; rows are [batch, columns].
