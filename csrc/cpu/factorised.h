@@ -23,6 +23,8 @@ template <class F, class Body> BNN_FN void with_factors(const Posterior& p, cons
   body([&](int i) __attribute__((always_inline)) { return load<F>(eps + i); });
 }
 
+template <class F> BNN_FN F factorised_weight(F mu, F sigma, F eps) { return fma_lane(spread<kIdentity>(sigma).sigma, eps, mu); }
+
 // The weights of a span. `scratch`: a tile.
 template <class F> inline void factorised_weights(const Posterior& p, const Span& span, ScalarOf<F>* scratch, ScalarOf<F>* weight) {
   Tile<F> sigma_scratch;
@@ -30,7 +32,7 @@ template <class F> inline void factorised_weights(const Posterior& p, const Span
   const auto* sigma = load_span<F>(p.rho, p.type, p.columns, span, -INFINITY, sigma_scratch);
   with_factors<F>(p, span, [&](auto eps) __attribute__((always_inline)) {
     for (int i = 0; i < span.width; i += Lane<F>::width)
-      store<F>(weight + i, fma_lane(spread<kIdentity>(load<F>(sigma + i)).sigma, eps(i), load<F>(mu + i)));
+      store<F>(weight + i, factorised_weight(load<F>(mu + i), load<F>(sigma + i), eps(i)));
   });
 }
 

@@ -59,7 +59,7 @@ inline void forward_rows(const LinearForward& problem, int64_t row, PriorSpan<F>
   int64_t end = padded_columns<F>(p), all = problem.samples * problem.batch;
   Tile<F> mu_scratch, rho_scratch;
   alignas(64) S tile[R * kTile];
-  for (int r = 0; r < R && !p.column_factors; ++r)
+  for (int r = 0; r < R; ++r)
     for (int64_t c = 0; c < end; c += kTile) {
       Span span = span_at(p, row + r, c, end);
       const S* mu = load_span<F>(p.mu, p.type, p.columns, span, 0, mu_scratch);
@@ -74,11 +74,6 @@ inline void forward_rows(const LinearForward& problem, int64_t row, PriorSpan<F>
       int width = 0;
       for (int r = 0; r < R; ++r) {
         Span span = span_at(p, row + r, c, end);
-        width = span.width;
-        if (p.column_factors) {
-          factorised_weights<F>(p, span, mu_scratch, tile + r * kTile);
-          continue;
-        }
         const S* mu = load_span<F>(p.mu, p.type, p.columns, span, 0, mu_scratch);
         const S* rho = nullptr;
         if (problem.divergence == kSampled) {
@@ -87,6 +82,7 @@ inline void forward_rows(const LinearForward& problem, int64_t row, PriorSpan<F>
         }
         draw_span<F>(noise, span, s, problem.divergence, mu, rho, sigma + r * end + c, log_sigma + r * end + c, prior,
                      tile + r * kTile, kl);
+        width = span.width;
       }
       multiply_tile<F, R>(tile, x + c * all, all, problem.batch, width / W, sums);
     }
@@ -101,6 +97,12 @@ inline void forward_rows(const LinearForward& problem, int64_t row, PriorSpan<F>
   }
 }
 
+// The same of a block of outputs from `row` on, and of the backward's, with factorised noise: factorised_linear.h
+template <class F> void factorised_forward(const LinearForward& problem, int64_t row, F* sums);
+template <class F, int R>
+void factorised_backward_rows(const LinearBackward& problem, int64_t row, int64_t begin, int64_t end, const ScalarOf<F>* g,
+                              const ScalarOf<F>* x, ScalarOf<F>* grad_x);
+
 template <class T> std::unique_ptr<T[], void (*)(T*)> aligned_array(int64_t n) {
   void* p = ::operator new(static_cast<size_t>(n > 0 ? n : 1) * sizeof(T), std::align_val_t(64));
   return {static_cast<T*>(p), [](T* q) { ::operator delete(q, std::align_val_t(64)); }};
@@ -110,14 +112,16 @@ template <class F> inline void linear_forward(const LinearForward& problem, int6
   const Posterior& p = problem.weight;
   PriorSpan<F> prior(p.prior);
   SpanNoise noise(p);
-  int64_t size = kRowBlock * padded_columns<F>(p);
+  int64_t size = p.column_factors ? 0 : kRowBlock * padded_columns<F>(p);
   auto sigma = aligned_array<ScalarOf<F>>(size);
   auto log_sigma = aligned_array<ScalarOf<F>>(problem.divergence == kSampled ? size : 0);
   auto sums = aligned_array<F>(problem.batch * kRowBlock);
   for (int64_t t = task_begin; t < task_end; ++t) {
     Sum<F> kl;
     int64_t row = t * kRowBlock;
-    if (row + kRowBlock <= p.rows) {
+    if (p.column_factors) {
+      factorised_forward<F>(problem, row, sums.get());
+    } else if (row + kRowBlock <= p.rows) {
       forward_rows<F, kRowBlock>(problem, row, prior, noise, sigma.get(), log_sigma.get(), sums.get(), kl);
     } else {
       for (; row < p.rows; ++row) forward_rows<F, 1>(problem, row, prior, noise, sigma.get(), log_sigma.get(), sums.get(), kl);
@@ -184,16 +188,11 @@ inline void backward_rows(const LinearBackward& problem, int64_t row, int64_t be
     int at = r * kTile;
     draws[r] = {eps + at, weight + at, grad_weight + at, by_mu + at, by_sigma + at};
     spans[r] = span_at(p, row + r, begin, end);
-    if (!p.column_factors) gradient[r].move_to(spans[r]);
+    gradient[r].move_to(spans[r]);
     prefetch_span(p, spans[r], R);
   }
   for (int64_t s = 0; s < problem.samples; ++s) {
-    for (int r = 0; r < R; ++r) {
-      if (!p.column_factors)
-        gradient[r].draw(spans[r], s, draws[r]);
-      else if (grad_x)
-        factorised_weights<F>(p, spans[r], draws[r].eps, draws[r].weight);
-    }
+    for (int r = 0; r < R; ++r) gradient[r].draw(spans[r], s, draws[r]);
     int64_t first = s * problem.batch;
     int vectors = spans[0].width / W;
     const S *g_s = g + first * kGradientOutputs, *x_s = x + first * W;
@@ -204,12 +203,7 @@ inline void backward_rows(const LinearBackward& problem, int64_t row, int64_t be
     }
     for (int r = 0; r < R; ++r) gradient[r].accumulate(spans[r], s, draws[r]);
   }
-  for (int r = 0; r < R; ++r) {
-    if (p.column_factors)
-      factorised_gradients<F>(p, spans[r], draws[r].grad_weight, problem.grad_mu, problem.grad_rho);
-    else
-      gradient[r].finish(spans[r], draws[r], problem.grad_mu, problem.grad_rho);
-  }
+  for (int r = 0; r < R; ++r) gradient[r].finish(spans[r], draws[r], problem.grad_mu, problem.grad_rho);
 }
 
 // packed[v][b] = rows[b][v * W - shift ...] for the columns [begin, end), of vectors; rows are [batch, columns].
@@ -254,7 +248,11 @@ template <class F> inline void linear_backward(const LinearBackward& problem, in
         memcpy(g.get() + b * kGradientOutputs, static_cast<const S*>(problem.grad_y) + b * p.rows + row,
                sizeof(S) * static_cast<size_t>(stop - row));
       auto rows = [&]<int R>() {
-        backward_rows<F, R>(problem, row, begin, end, g.get() + (row - first), x.get(), sums, gradients);
+        const S* g_row = g.get() + (row - first);
+        if (p.column_factors)
+          factorised_backward_rows<F, R>(problem, row, begin, end, g_row, x.get(), sums);
+        else
+          backward_rows<F, R>(problem, row, begin, end, g_row, x.get(), sums, gradients);
         row += R;
       };
       while (row + kRowBlock <= stop) rows.template operator()<kRowBlock>();
