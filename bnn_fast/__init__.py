@@ -16,7 +16,7 @@ from .inference.pruning import prune, signal_to_noise
 from .inference.sampling import draw, freeze, mc_forward, sampling, unfreeze
 from .inference.schedules import blundell_weights, linear_warmup
 from .layers import (
-    Variational, VariationalBatchNorm1d, VariationalBatchNorm2d, VariationalBatchNorm3d, VariationalBilinear,
+    NoisyLinear, Variational, VariationalBatchNorm1d, VariationalBatchNorm2d, VariationalBatchNorm3d, VariationalBilinear,
     VariationalConv1d, VariationalConv2d, VariationalConv3d, VariationalConvTranspose1d,
     VariationalConvTranspose2d, VariationalConvTranspose3d, VariationalEmbedding, VariationalEmbeddingBag,
     VariationalGRU, VariationalGRUCell,
@@ -32,7 +32,7 @@ for _module in (functional, initialisation, reference):
 
 __all__ = [
     "Bernoulli", "Categorical", "ClassPrediction", "ELBO", "Gaussian", "GaussianPrediction",
-    "HeteroscedasticGaussian", "Normal", "Prediction", "Variational", "VariationalBatchNorm1d",
+    "HeteroscedasticGaussian", "NoisyLinear", "Normal", "Prediction", "Variational", "VariationalBatchNorm1d",
     "VariationalBatchNorm2d", "VariationalBatchNorm3d", "VariationalBilinear", "VariationalConv1d",
     "VariationalConv2d", "VariationalConv3d", "VariationalConvTranspose1d", "VariationalConvTranspose2d",
     "VariationalConvTranspose3d", "VariationalEmbedding", "VariationalEmbeddingBag", "VariationalGRU", "VariationalGRUCell", "VariationalGroupNorm",

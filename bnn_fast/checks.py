@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-SCALES = {"softplus": 0, "exp": 1, "sqrt_exp": 2}
+SCALES = {"softplus": 0, "exp": 1, "sqrt_exp": 2, "square": 3, "identity": 4}
 KLS = {None: 0, "analytic": 1, "sampled": 2}
 REDUCTIONS = {"sum": 0, "mean": 1, "none": 2}
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -204,12 +204,12 @@ def parameter_pair(name: str, mu: Tensor, rho: Tensor, prior, prior_name: str = 
     _alike(f"{prior_name}.scale", prior.scale, f"{name}mu", mu, number=True)
 
 
-def weight(weight_mu: Tensor, bias_mu: Tensor | None, bias_rho: Tensor | None) -> None:
+def weight(weight_mu: Tensor, bias_mu: Tensor | None, bias_rho: Tensor | None, rho_name: str = "bias_rho") -> None:
     if weight_mu.dim() != 2:
         raise ValueError(f"weight_mu: expected [out, in], given {describe(weight_mu)}")
     if (bias_mu is None) != (bias_rho is None):
-        missing = "bias_mu" if bias_mu is None else "bias_rho"
-        raise ValueError(f"{missing}: expected bias_mu and bias_rho together or neither, given None")
+        missing = "bias_mu" if bias_mu is None else rho_name
+        raise ValueError(f"{missing}: expected bias_mu and {rho_name} together or neither, given None")
     if bias_mu is not None:
         if not isinstance(bias_mu, Tensor) or bias_mu.shape != weight_mu.shape[:1]:
             raise ValueError(f"bias_mu: expected [{weight_mu.shape[0]}] (out_features), "
@@ -219,6 +219,18 @@ def weight(weight_mu: Tensor, bias_mu: Tensor | None, bias_rho: Tensor | None) -
                             f"given {describe(bias_mu)}")
         if bias_mu.device != weight_mu.device:
             raise ValueError(f"bias_mu: expected to be on {weight_mu.device}, given {describe(bias_mu)}")
+
+
+def noisy(x: Tensor, weight_mu: Tensor, weight_sigma: Tensor, bias_mu: Tensor | None, bias_sigma: Tensor | None, key_: Tensor) -> None:
+    """What a noisy layer takes."""
+    if not isinstance(weight_mu, Tensor) or weight_mu.dtype not in _DTYPES:
+        raise TypeError(f"weight_mu: expected a float32, float64, bfloat16 or float16 tensor, given {describe(weight_mu)}")
+    _alike("weight_sigma", weight_sigma, "weight_mu", weight_mu)
+    weight(weight_mu, bias_mu, bias_sigma, "bias_sigma")
+    if bias_mu is not None:
+        _alike("bias_sigma", bias_sigma, "bias_mu", bias_mu)
+    key(key_, weight_mu)
+    linear_input(x, weight_mu, 1)
 
 
 def key(value: Tensor, mu: Tensor) -> None:

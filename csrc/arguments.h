@@ -79,8 +79,8 @@ struct Lists {
     check_like(rho, "rho", mu, "mu");
     if (loc) check_like(*loc, "the prior's loc", mu, "mu");
     if (scale) check_like(*scale, "the prior's scale", mu, "mu");
-    STD_TORCH_CHECK(options.scale >= 0 && options.scale <= 2, "scale is ", options.scale,
-                    ", expected 0 (softplus), 1 (exp) or 2 (sqrt_exp)");
+    STD_TORCH_CHECK(options.scale >= 0 && options.scale < kScales, "scale is ", options.scale,
+                    ", expected 0 (softplus), 1 (exp), 2 (sqrt_exp), 3 (square) or 4 (identity)");
     STD_TORCH_CHECK(options.row_offset >= 0 && options.column_offset >= 0, "row_offset and column_offset are ",
                     options.row_offset, " and ", options.column_offset, ", expected no negative number");
     STD_TORCH_CHECK(options.stream >= 0 && options.stream < kCounterWord, "stream is ", options.stream,

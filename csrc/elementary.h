@@ -36,6 +36,15 @@ template <class F> BNN_FN F log_lane(F x) {
 }
 BNN_FN double log_lane(double x) { return log(x > 1.7976931348623157e308 ? 1.7976931348623157e308 : x); }
 
+// log |x| for any x, subnormal ones too; -inf for 0.
+template <class F> BNN_FN F log_magnitude(F x) {
+  F magnitude = abs_lane(x);
+  auto small = magnitude < 1.17549435e-38f;
+  F l = log_lane(select(small, magnitude * 0x1p24f, magnitude)) - select(small, splat<F>(16.6355324f), splat<F>(0));
+  return select(magnitude == 0.0f, splat<F>(-INFINITY), l);
+}
+BNN_FN double log_magnitude(double x) { return log_lane(fabs(x)); }
+
 // log(1 + t) for t in [0, 1], right in the relative sense down to the smallest t.
 template <class F> BNN_FN F log1p_lane(F t) {
   auto halve = t > 0.414213538f;  // 1 + t = 2 (1 + (t - 1)/2)

@@ -188,10 +188,7 @@ template <class Device> int64_t linear_regime(const Tensor x, const Tensor weigh
   return static_cast<int64_t>(Device::choose(a.weight.view, x.scalar_type(), n_samples, a.check_input(x)));
 }
 
-template <class Device>
-std::tuple<Tensor, Tensor> variational_linear(const Tensor& x, const Tensors& posterior, const Tensor& key,
-                                              const Tensors& prior, const Numbers& numbers, const Integers& options) {
-  LinearArguments a(Lists(posterior, prior, numbers, true), key, options_of(options));
+template <class Device> std::tuple<Tensor, Tensor> layer_forward(const LinearArguments& a, const Tensor& x) {
   int64_t batch = a.check_input(x);
   Device device(a);
   device.regime = Device::choose(a.weight.view, x.scalar_type(), a.samples, batch);
@@ -200,20 +197,17 @@ std::tuple<Tensor, Tensor> variational_linear(const Tensor& x, const Tensors& po
 }
 
 template <class Device>
-Tensors variational_linear_backward(const OptionalTensors& given, const OptionalTensor& x, const Tensors& posterior,
-                                    const Tensor& key, const Tensors& prior, const Numbers& numbers,
-                                    const Integers& options, bool need_grad_x) {
-  LinearArguments a(Lists(posterior, prior, numbers, true), key, options_of(options));
+Tensors layer_backward(const LinearArguments& a, const OptionalTensors& given, const OptionalTensor& x, bool need_grad_x) {
   check_gradients(given, {"grad_y", "grad_kl"});
   const OptionalTensor &grad_y = given[0], &grad_kl = given[1];
   STD_TORCH_CHECK(x || !grad_y, "x is absent, expected it with grad_y");
-  const Tensor& weight_mu = posterior[0];
+  const Tensor& weight_mu = a.weight.mu;
   if (grad_kl) check_gradient(*grad_kl, "grad_kl", {}, compute_type(weight_mu.scalar_type()), weight_mu);
   KlGradient k = make_kl_gradient(grad_kl, false);
   Device device(a);
   auto like = [&](const Tensor& t) { return device.empty(t, shape_of(t), t.scalar_type()); };
   LinearGradients grads{empty_of(weight_mu, {0}, weight_mu.scalar_type()), like(weight_mu), like(weight_mu), {}, {}};
-  if (a.bias) grads.bias_mu = like(posterior[2]), grads.bias_rho = like(posterior[2]);
+  if (a.bias) grads.bias_mu = like(a.bias->mu), grads.bias_rho = like(a.bias->mu);
   if (grad_y) {
     int64_t batch = a.check_input(*x);
     Shape shape = a.output_shape(*x);
@@ -230,6 +224,20 @@ Tensors variational_linear_backward(const OptionalTensors& given, const Optional
   }
   if (!a.bias) return {grads.x, grads.weight_mu, grads.weight_rho};
   return {grads.x, grads.weight_mu, grads.weight_rho, *grads.bias_mu, *grads.bias_rho};
+}
+
+template <class Device>
+std::tuple<Tensor, Tensor> variational_linear(const Tensor& x, const Tensors& posterior, const Tensor& key,
+                                              const Tensors& prior, const Numbers& numbers, const Integers& options) {
+  return layer_forward<Device>(LinearArguments(Lists(posterior, prior, numbers, true), key, options_of(options)), x);
+}
+
+template <class Device>
+Tensors variational_linear_backward(const OptionalTensors& given, const OptionalTensor& x, const Tensors& posterior,
+                                    const Tensor& key, const Tensors& prior, const Numbers& numbers,
+                                    const Integers& options, bool need_grad_x) {
+  LinearArguments a(Lists(posterior, prior, numbers, true), key, options_of(options));
+  return layer_backward<Device>(a, given, x, need_grad_x);
 }
 
 }  // namespace bnn_fast

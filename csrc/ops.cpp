@@ -6,7 +6,7 @@
 //   key        int64 [2] = (seed, first sample), on the tensors' device
 //   numbers    for each mu and rho loc and scale of the prior N(loc, scale^2)
 //   prior      those of loc and scale that are tensors, of mu's shape, instead
-//   options    scale   0 softplus, 1 exp, 2 sqrt_exp (posterior.h)
+//   options    scale   0 softplus, 1 exp, 2 sqrt_exp, 3 square, 4 identity (posterior.h)
 //              places  bit i is set where one of prior's tensors, the next, takes the place of numbers[i]
 //              of what draws
 //                kl   0 none, 1 analytic, 2 sampled (divergence.h)
@@ -37,6 +37,13 @@ BNN_FAST_DEFINE(BNN_FAST_LIBRARY, m) {
       "_variational_linear_backward(Tensor?[] grads, Tensor? x, Tensor[] posterior, Tensor key, Tensor[] prior, "
       "float[] numbers, int[] options, bool need_grad_x) -> Tensor[]");
   m.def("_sum_values(Tensor[] values) -> Tensor");  // numbers, each a tensor of its own
+  // The same without KL and samples, with the noise of a noisy layer (cpu/variational_linear.cpp); on the CPU alone.
+  m.def(
+      "_noisy_linear(Tensor x, Tensor[] posterior, Tensor key, Tensor[] prior, float[] numbers, int[] options) -> "
+      "(Tensor y, Tensor kl_sum)");
+  m.def(
+      "_noisy_linear_backward(Tensor?[] grads, Tensor? x, Tensor[] posterior, Tensor key, Tensor[] prior, "
+      "float[] numbers, int[] options, bool need_grad_x) -> Tensor[]");
   // 0 small (the CPU's narrow.h, CUDA's small_linear*), 1 fused, 2 drawn (layer.h)
   m.def("_linear_regime(Tensor x, Tensor weight_mu, int n_samples) -> int");
 }

@@ -1,9 +1,14 @@
-// The posterior's standard deviation sigma(rho), its logarithm and their derivatives, for the three meanings of rho:
+// The posterior's standard deviation sigma(rho), its logarithm and their derivatives, for the five meanings of rho:
 //
 //   softplus  sigma = log(1 + e^rho)    exp  sigma = e^rho    sqrt_exp  sigma = e^(rho/2)
+//   square    sigma = rho^2             identity  sigma = rho
 //
 // log sigma and d log sigma / d rho are computed directly: at rho = -120 sigma has underflowed, yet its logarithm is -120
 // and the derivative of that is 1. rho = -inf is a pruned weight: sigma = 0.
+//
+// The identity's sigma may be negative: it is a factor of the noise, |sigma| the deviation, and log sigma means log |sigma|.
+// The last two pass through sigma = 0 at rho = 0, where log sigma is -inf and the KL inf; (log sigma)' = 1 / rho or 2 / rho
+// has the sign of that zero.
 //
 // Where sigma grows exponentially with rho it may overflow, and sigma' with it. Derivatives by rho are therefore summed in
 // units of max(sigma, 1), and multiplied by that at the end (in_full): inf - inf and 0 inf do not come up.
@@ -13,7 +18,9 @@
 
 BNN_FAST_BEGIN
 
-enum Scale : int { kSoftplus = 0, kExp = 1, kSqrtExp = 2 };
+enum Scale : int { kSoftplus = 0, kExp = 1, kSqrtExp = 2, kSquare = 3, kIdentity = 4, kScales };
+
+BNN_FN constexpr bool is_exponential(int scale) { return scale == kExp || scale == kSqrtExp; }
 
 template <class Scalar> BNN_FN constexpr Scalar largest() {
   return static_cast<Scalar>(sizeof(Scalar) == 4 ? 3.40282347e38 : 1.7976931348623157e308);
@@ -34,7 +41,7 @@ template <class F> struct Spread {
 
 // From a derivative by rho in units to the derivative.
 template <class F> BNN_FN F in_full(int scale, F sigma, F by_rho) {
-  if (scale == kSoftplus) return by_rho;  // sigma' is at most 1, and so is the unit
+  if (!is_exponential(scale)) return by_rho;  // sigma' does not overflow, and the unit is 1
   return times(by_rho, select(sigma > typename Lane<F>::Scalar(1), sigma, splat<F>(1)));
 }
 
@@ -42,6 +49,11 @@ template <class F> BNN_FN F in_full(int scale, F sigma, F by_rho) {
 template <class F> BNN_FN auto in_tail(F rho) {
   using Scalar = typename Lane<F>::Scalar;
   return rho < Scalar(sizeof(Scalar) == 4 ? -16 : -37);
+}
+
+// rho = -inf
+template <class F> BNN_FN auto is_pruned(F rho) {
+  return rho < -splat<F>(largest<typename Lane<F>::Scalar>());
 }
 
 template <int scale, class F> BNN_FN Spread<F> spread(F rho) {
@@ -57,6 +69,15 @@ template <int scale, class F> BNN_FN Spread<F> spread(F rho) {
     s.log_sigma = select(tail, rho, log_lane(s.sigma));
     s.d_log_sigma = select(tail, one, quotient(s.d_sigma, s.sigma));
     s.inverse_unit = one;
+  } else if constexpr (!is_exponential(scale)) {
+    constexpr Scalar power = scale == kSquare ? 2 : 1;
+    auto pruned = is_pruned(rho);
+    F zero = splat<F>(0), root = select(pruned, zero, rho);
+    s.sigma = scale == kSquare ? root * root : root;
+    s.d_sigma = scale == kSquare ? root + root : select(pruned, zero, splat<F>(1));
+    s.log_sigma = log_magnitude(root) * power;
+    s.d_log_sigma = quotient(splat<F>(power), root);
+    s.inverse_unit = splat<F>(1);
   } else {
     constexpr Scalar power = scale == kExp ? 1 : 0.5;
     // A finite logarithm, so that the KL of an infinite sigma is inf, not inf - inf.
@@ -85,11 +106,6 @@ template <int scale, class F> BNN_FN LogSigma<F> split_log(F rho, const Spread<F
   } else {
     return {splat<F>(1), s.log_sigma};
   }
-}
-
-// rho = -inf
-template <class F> BNN_FN auto is_pruned(F rho) {
-  return rho < -splat<F>(largest<typename Lane<F>::Scalar>());
 }
 
 BNN_FAST_END

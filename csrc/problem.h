@@ -29,6 +29,11 @@ struct Posterior {
   const int64_t* key;  // [2]: seed, first sample
   uint32_t stream;
   int64_t row_offset, column_offset;
+  // Of factorised noise, eps[o, i] = row[o] column[i], the factors in the type computed in; null where every weight has its own. Columns are
+  // readable from 3 elements before their beginning to kFactorTail behind their end. A bias has no row.
+  const void* row_factors = nullptr;
+  const void* column_factors = nullptr;
+  static constexpr int64_t kFactorTail = 64;
 
   // The rows [begin, begin + count) of this posterior, with the noise they have in it.
   Posterior slice(int64_t begin, int64_t count) const {
@@ -42,6 +47,7 @@ struct Posterior {
     part.rho = advance(rho);
     part.prior.loc_tensor = advance(prior.loc_tensor);
     part.prior.scale_tensor = advance(prior.scale_tensor);
+    if (row_factors) part.row_factors = static_cast<const char*>(row_factors) + begin * (type == Type::kFloat64 ? 8 : 4);
     return part;
   }
 };

@@ -11,7 +11,7 @@ from guarded import guarded
 from judging import plain_linear
 from kernels import KEY, posterior, random, raw_linear
 
-from bnn_fast import Normal  # noqa: E402
+from bnn_fast import Normal, functional, reference  # noqa: E402
 
 OPTIONS = dict(prior=Normal(), bias_prior=Normal(), scale="softplus", kl="analytic", row_offset=0, column_offset=0)
 
@@ -25,6 +25,12 @@ def run(batch: int, inputs: int, outputs: int, n_samples: int, at: str) -> None:
     expected = plain_linear(*tensors, **OPTIONS, n_samples=n_samples, grad_y=grad_y, grad_kl=torch.tensor(0.3))
     for got, right in zip((y, kl, *gradients), (*expected[:2], *expected[2]), strict=True):
         torch.testing.assert_close(got, right.detach(), rtol=1e-4, atol=1e-4)
+    leaves = [t.requires_grad_() for t in beside[:-1]]
+    leaves_too = [t.requires_grad_() for t in tensors[:-1]]
+    noisy, expected = functional.noisy_linear(*leaves, beside[-1]), reference.noisy_linear(*leaves_too, KEY)
+    for got, right in zip((noisy, *torch.autograd.grad(noisy, leaves, grads["grad_y"])),
+                          (expected, *torch.autograd.grad(expected, leaves_too, grad_y)), strict=True):
+        torch.testing.assert_close(got, right, rtol=1e-4, atol=1e-4)
 
 
 def main(cases: list[str]) -> None:

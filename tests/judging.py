@@ -253,3 +253,21 @@ def check_overflow(scale, outputs, inputs, batch, kl, n_samples, ops=OPS):
     # No gradient at all, as behind an activation that an infinite input has switched off
     d_mu, d_rho = by_rho(torch.zeros_like(grad_y))
     assert (d_mu == 0).all() and (d_rho == 0).all()
+
+
+def check_zero_sigma(scale, outputs, inputs, batch, kl, ops=OPS):
+    """Where rho is 0 a weight has sigma 0 and is not pruned: an infinite KL, and its gradient that of -log |sigma|."""
+    mu, rho = posterior(outputs, inputs)
+    zero, minus, pruned = (random(outputs, inputs, seed=seed) > 1.5 for seed in (6, 7, 8))
+    rho[zero], rho[minus], rho[pruned] = 0.0, -0.0, -math.inf
+    zero, minus = zero & ~minus & ~pruned, minus & ~pruned
+    x, grad_y = random(2 * batch, inputs, seed=2), random(2 * batch, outputs, seed=3)
+    options = dict(prior=Normal(), bias_prior=Normal(), scale=scale, kl=kl, n_samples=2, ops=ops, grad_y=grad_y)
+    y, value, (_, d_mu, d_rho) = raw_linear(x, mu, rho, None, None, KEY, **options, grad_kl=torch.tensor(0.3))
+    assert zero.any() and minus.any() and y.isfinite().all() and d_mu.isfinite().all() and value == math.inf
+    assert (d_rho[zero] == -math.inf).all() and (d_rho[minus] == math.inf).all() and d_rho[~(zero | minus)].isfinite().all()
+    for nothing in (None, torch.tensor(0.0)):
+        d_rho = raw_linear(x, mu, rho, None, None, KEY, **options, grad_kl=nothing)[2][2]
+        assert d_rho.isfinite().all() and (scale == "identity" or (d_rho[zero | minus] == 0).all())
+    rho[zero | minus] = -math.inf
+    assert raw_linear(x, mu, rho, None, None, KEY, **options)[1].isfinite()

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bnn_fast import Normal, build_info
+from bnn_fast import Normal, build_info, checks
 from bnn_fast.operators import arguments as packing
 
 OPS = torch.ops.bnn_fast
-SCALES = ("softplus", "exp", "sqrt_exp")
+SCALES = tuple(checks.SCALES)
 KLS = (None, "analytic", "sampled")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 HALVES = (torch.bfloat16, torch.float16)

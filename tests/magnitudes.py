@@ -28,7 +28,7 @@ def elements(mu: Tensor, rho: Tensor, prior: Normal, scale: str):
     mu, rho, loc, t, alive = _wide(mu, rho, prior)
     sigma, d_sigma, log_sigma, d_log_sigma = _spread(rho, scale)
     location = mu.abs() + loc.abs()
-    kl = t.log().abs() + log_sigma.abs().clamp(min=1) + 0.5 * ((sigma / t).square() + (location / t).square()) + 0.5
+    kl = t.log().abs() + log_sigma.clamp(min=1) + 0.5 * ((sigma / t).square() + (location / t).square()) + 0.5
     by_rho = sigma * d_sigma / t.square() + d_log_sigma
     return tuple(value.where(alive, 0.0) for value in (kl, location / t.square(), by_rho))
 
@@ -55,7 +55,7 @@ def sampled(mu, rho, prior, scale, kl, key, n_samples, stream, offsets, by_weigh
         value, d_mu, d_rho = analytic.sum(), k * by_mu, k * by_rho
     elif kl == "sampled":
         location = w + loc.abs()
-        element = t.log().abs() + log_sigma.abs().clamp(min=1) + 0.5 * (eps.square() + (location / t).square())
+        element = t.log().abs() + log_sigma.clamp(min=1) + 0.5 * (eps.square() + (location / t).square())
         value = element.where(alive, 0.0).sum() / n_samples
         by_weight = by_weight + k / n_samples * location / t.square()
         d_rho = k * d_log_sigma
@@ -67,12 +67,12 @@ def sampled(mu, rho, prior, scale, kl, key, n_samples, stream, offsets, by_weigh
 def _wide(mu, rho, prior):
     alive = rho != -math.inf
     loc, t = (torch.as_tensor(p).double() for p in (prior.loc, prior.scale))
-    return mu.double(), rho.double().masked_fill(~alive, 0.0), loc, t, alive
+    return mu.double(), rho.double().masked_fill(~alive, 1.0), loc, t, alive
 
 
 def _spread(rho: Tensor, scale: str):
-    """sigma, its derivative, log sigma, its derivative."""
+    """|sigma|, its derivative, log |sigma|, its derivative, all without their signs."""
     rho = rho.clone().requires_grad_()
     sigma, log_sigma = reference.sigma_of(rho, scale), reference.log_sigma_of(rho, scale)
     slopes = [torch.autograd.grad(value.sum(), rho)[0] for value in (sigma, log_sigma)]
-    return sigma.detach(), slopes[0], log_sigma.detach(), slopes[1]
+    return tuple(value.detach().abs() for value in (sigma, slopes[0], log_sigma, slopes[1]))

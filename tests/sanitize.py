@@ -17,7 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "sanitize"
 SETS = ("generic", "avx2", "avx2x16", "avx512")
-FILES = ("tests/operators/test_kernels_linear.py", "tests/operators/test_kernels_sample.py", "tests/operators/test_functional.py",
+FILES = ("tests/operators/test_kernels_linear.py", "tests/operators/test_kernels_sample.py", "tests/operators/test_kernels_noisy.py",
+         "tests/operators/test_functional.py",
          "tests/field_reports/memory.py")
 # A test of each kind: under the sanitizers all of them would take several times as long as without.
 CHOSEN = ("(awkward and (127-3 or 5-257 or 0)) or (narrow_shapes and (20 or 17)) or beyond or strides or half_inputs or threads"

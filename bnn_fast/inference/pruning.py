@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..layers.base import Pair, VariationalLayer, named_layers
-from ..priors.scales import sigma_of
+from ..priors.scales import deviation_of
 
 __all__ = ["prune", "signal_to_noise"]
 
@@ -71,7 +71,7 @@ def prune(model: nn.Module, fraction: float, optimizer: torch.optim.Optimizer | 
 def _ratio(pair: Pair, scale: str) -> Tensor:
     dtype = torch.promote_types(pair.mu.dtype, torch.float32)
     mu, rho = pair.mu.detach().to(dtype), pair.rho.detach().to(dtype)
-    return (mu.abs() / sigma_of(rho, scale)).masked_fill(rho == -math.inf, 0.0)
+    return (mu.abs() / deviation_of(rho, scale)).masked_fill(rho == -math.inf, 0.0)
 
 
 def _pairs(model: nn.Module) -> list[tuple[str, VariationalLayer, Pair]]:

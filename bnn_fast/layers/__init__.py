@@ -8,6 +8,7 @@ from .convolution import (
     VariationalConv1d, VariationalConv2d, VariationalConv3d, VariationalConvTranspose1d, VariationalConvTranspose2d,
     VariationalConvTranspose3d)
 from .embedding import VariationalEmbedding, VariationalEmbeddingBag
+from .noisy import NoisyLinear
 from .normalisation import (
     VariationalBatchNorm1d, VariationalBatchNorm2d, VariationalBatchNorm3d, VariationalGroupNorm, VariationalLayerNorm)
 from .recurrent import (
@@ -16,7 +17,7 @@ from .variational import Variational
 from .variational_linear import VariationalLinear
 
 __all__ = [
-    "Variational", "VariationalBatchNorm1d", "VariationalBatchNorm2d", "VariationalBatchNorm3d",
+    "NoisyLinear", "Variational", "VariationalBatchNorm1d", "VariationalBatchNorm2d", "VariationalBatchNorm3d",
     "VariationalBilinear", "VariationalConv1d", "VariationalConv2d", "VariationalConv3d",
     "VariationalConvTranspose1d", "VariationalConvTranspose2d", "VariationalConvTranspose3d", "VariationalEmbedding",
     "VariationalEmbeddingBag", "VariationalGRU",

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .. import checks
 from ..operators.arguments import pack_priors
 from ..priors import Normal, as_normal, initialisation
-from ..priors.scales import sigma_of
+from ..priors.scales import deviation_of
 from . import steps
 from .fastpath import NO_WEIGHT, asked_by_a_transformer
 
@@ -38,7 +38,8 @@ class Posterior(nn.Module):
         prior: Normal, of numbers or tensors of the weight's shape; the tensors become buffers. A torch.distributions.Normal
             will do, too.
         bias_prior: the same for biases, which are the tensors with "bias" in their name; `prior` where that is made of numbers.
-        scale: what rho means: "softplus" sigma = log(1 + e^rho), "exp" e^rho, "sqrt_exp" e^(rho/2).
+        scale: what rho means: "softplus" sigma = log(1 + e^rho), "exp" e^rho, "sqrt_exp" e^(rho/2), "square" rho^2, "identity" rho, of
+            either sign (the standard deviation is |rho|). At rho = 0 the last two have sigma 0 and an infinite KL.
         kl: "analytic", or "sampled": log q(w) - log p(w) at the drawn weights.
         init: a named initialisation, see `bnn_fast.initialisation`.
         init_sigma: the standard deviation that every weight begins with, in place of that of `init`.
@@ -266,4 +267,4 @@ class Posterior(nn.Module):
 
 
 def _sigma(rho: Tensor, scale: str) -> Tensor:
-    return sigma_of(rho.to(torch.promote_types(rho.dtype, torch.float32)), scale).to(rho.dtype)
+    return deviation_of(rho.to(torch.promote_types(rho.dtype, torch.float32)), scale).to(rho.dtype)

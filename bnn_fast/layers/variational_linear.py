@@ -25,7 +25,8 @@ class VariationalLinear(VariationalLayer):
         prior: Normal, of numbers or tensors [out, in]; the tensors become buffers. A torch.distributions.Normal
             will do, too. Both priors may be set later: `layer.prior = Normal(0.0, 2.0)` is the weight's alone.
         bias_prior: Normal, of numbers or tensors [out]; `prior` where that is made of numbers.
-        scale: what rho means: "softplus" sigma = log(1 + e^rho), "exp" e^rho, "sqrt_exp" e^(rho/2).
+        scale: what rho means: "softplus" sigma = log(1 + e^rho), "exp" e^rho, "sqrt_exp" e^(rho/2), "square" rho^2, "identity" rho, of
+            either sign (the standard deviation is |rho|). At rho = 0 the last two have sigma 0 and an infinite KL.
         kl: "analytic", or "sampled": log q(w) - log p(w) at the drawn weights.
         init: a named initialisation, see `bnn_fast.initialisation`.
         init_sigma: the standard deviation that every weight begins with, in place of that of `init`.

@@ -15,6 +15,7 @@ KL, N_SAMPLES = 2, 3  # where they are among the options of what draws
 REDUCE = 2            # and among those of the KL without a draw
 PAIR = ("mu", "rho")  # names of the posterior's tensors, as errors call them
 LAYER = ("weight_mu", "weight_rho", "bias_mu", "bias_rho")
+NOISY = ("weight_mu", "weight_sigma", "bias_mu", "bias_sigma")
 
 
 class Prior(NamedTuple):

@@ -7,12 +7,12 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 
-@register_flop_formula(torch.ops.bnn_fast._variational_linear)
+@register_flop_formula([torch.ops.bnn_fast._variational_linear, torch.ops.bnn_fast._noisy_linear])
 def _linear(x_shape, shapes, *arguments, out_shape=None, **options) -> int:
     return 2 * math.prod(x_shape[:-1]) * math.prod(shapes[0])
 
 
-@register_flop_formula(torch.ops.bnn_fast._variational_linear_backward)
+@register_flop_formula([torch.ops.bnn_fast._variational_linear_backward, torch.ops.bnn_fast._noisy_linear_backward])
 def _linear_backward(grad_shapes, x_shape, shapes, *arguments, out_shape=None, **options) -> int:
     """dW, and dx where it is wanted."""
     if grad_shapes[0] is None:

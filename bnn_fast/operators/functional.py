@@ -15,7 +15,7 @@ from ..priors import Normal, as_normal
 from . import arguments as packing
 from . import autograd, raw, reference
 
-__all__ = ["variational_linear", "sample_normal", "kl_normal"]
+__all__ = ["variational_linear", "noisy_linear", "sample_normal", "kl_normal"]
 
 
 def variational_linear(
@@ -36,7 +36,9 @@ def variational_linear(
         key: int64 [2], (seed, first sample): draw s has the noise of sample first + s.
         prior, bias_prior: `Normal`, or torch.distributions.Normal; a prior's tensors have the parameter's
             shape. bias_prior is prior by default, and has to be given where that holds tensors.
-        scale: "softplus", "exp" or "sqrt_exp": what rho means.
+        scale: what rho means: "softplus" sigma = log(1 + e^rho), "exp" e^rho, "sqrt_exp" e^(rho/2), "square" rho^2 or "identity" rho, of
+            either sign. At rho = 0 the last two have sigma 0 and an infinite KL, whose derivative is that of -log |sigma|: -1/rho or
+            -2/rho, infinite too; that of the draws is 2 rho eps and eps.
         kl: "analytic", "sampled" (log q(w) - log p(w), mean over the draws), or None, for no KL.
         row_offset, column_offset: where this weight begins in a larger one, for the noise.
 
@@ -71,6 +73,34 @@ def variational_linear(
         return sum(_kl_apart(mu, rho, key, p, scale, kl, n_samples, place) for (mu, rho, p), place in zip(pairs, places))
 
     return _differentiable(autograd.LINEAR, x, arguments, kl, kl_apart)
+
+
+def noisy_linear(x: Tensor, weight_mu: Tensor, weight_sigma: Tensor, bias_mu: Tensor | None, bias_sigma: Tensor | None, key: Tensor, *,
+                 row_offset: int = 0, column_offset: int = 0) -> Tensor:
+    """x W^T + b with factorised noise, W = weight_mu + weight_sigma f(e_out) f(e_in)^T and b = bias_mu + bias_sigma f(e_out), where
+    f(e) = sign(e) sqrt |e| of as many standard normals as there are inputs and outputs (Fortunato et al., "Noisy Networks for
+    Exploration", 2018, equations 10 and 11).
+
+    Arguments as in `variational_linear`; a sigma has either sign, and -inf marks a weight without noise and gradients. The normals
+    are those of streams 5 and 6 of the key, from the offsets on. Returns y [..., out] in x's dtype (the autocast dtype under autocast).
+    """
+    x = autocast(x)
+    checks.noisy(x, weight_mu, weight_sigma, bias_mu, bias_sigma, key)
+    outputs, inputs = weight_mu.shape
+    _, _, row_offset, column_offset = checks.noise_place(outputs, inputs, 1, 0, row_offset, column_offset)
+    given = x, weight_mu, weight_sigma, bias_mu, bias_sigma
+    if not raw.compiled_for(x.device):
+        return without_autocast(x.device.type, reference.noisy_linear, *given, key, row_offset=row_offset, column_offset=column_offset)
+    if x.is_cuda:  # normals from the operator, all else from torch's
+        def noise(n, stream, offset):
+            zeros = weight_mu.new_zeros(n, dtype=torch.promote_types(weight_mu.dtype, torch.float32))
+            return sample_normal(zeros, zeros, key, scale="exp", kl=None, stream=stream, column_offset=offset)[0]
+
+        return without_autocast(x.device.type, reference.noisy_linear_under, noise, *given, row_offset, column_offset)
+    posterior = [t for t in given[1:] if t is not None]
+    arguments = packing.to_draw(posterior, key, packing.pack_priors(*(Normal(),) * (len(posterior) // 2)), "identity", None, 1,
+                                reference.NOISY_STREAM, row_offset, column_offset)
+    return _differentiable(autograd.NOISY, x, arguments, None, None)[0]
 
 
 def sample_normal(
@@ -131,11 +161,14 @@ def kl_normal(mu: Tensor, rho: Tensor, *, prior: Normal = Normal(0.0, 1.0), scal
 
 def plain_linear(x: Tensor, *arguments, **options) -> tuple[Tensor, Tensor | None]:
     """The reference, without autocast, which would have it compute in x's type what belongs in float32."""
-    device = x.device.type
+    return without_autocast(x.device.type, reference.variational_linear, x, *arguments, **options)
+
+
+def without_autocast(device: str, function, *arguments, **options):
     if device == "meta" or not torch.is_autocast_enabled(device):
-        return reference.variational_linear(x, *arguments, **options)
+        return function(*arguments, **options)
     with torch.autocast(device, enabled=False):
-        return reference.variational_linear(x, *arguments, **options)
+        return function(*arguments, **options)
 
 
 def alive(rho: Tensor) -> Tensor:

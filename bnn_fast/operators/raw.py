@@ -68,6 +68,8 @@ if HAS_EXTENSION:
     kl_normal_backward = torch.ops.bnn_fast._kl_normal_backward.default
     variational_linear = torch.ops.bnn_fast._variational_linear.default
     variational_linear_backward = torch.ops.bnn_fast._variational_linear_backward.default
+    noisy_linear = torch.ops.bnn_fast._noisy_linear.default
+    noisy_linear_backward = torch.ops.bnn_fast._noisy_linear_backward.default
 
     def _together(names, posterior, prior, **others):
         """For plain meta tensors as for those of a trace: one that has no data among others that have some would have the
@@ -111,11 +113,13 @@ if HAS_EXTENSION:
     def _(values):
         return values[0].new_empty(())
 
+    @torch.library.register_fake("bnn_fast::_noisy_linear")
     @torch.library.register_fake("bnn_fast::_variational_linear")
     def _(x, posterior, key, prior, numbers, options):
         weight_mu = _together(arguments.LAYER, posterior, prior, x=x, key=key)
         return x.new_empty((*x.shape[:-1], weight_mu.shape[0])), _scalar(weight_mu)
 
+    @torch.library.register_fake("bnn_fast::_noisy_linear_backward")
     @torch.library.register_fake("bnn_fast::_variational_linear_backward")
     def _(grads, x, posterior, key, prior, numbers, options, need_grad_x):
         weight_mu = _together(arguments.LAYER, posterior, prior, x=x, key=key, grad_y=grads[0], grad_kl=grads[1])

@@ -18,7 +18,9 @@ from ..priors import Normal
 from ..priors.scales import log_sigma_of, sigma_of
 from .noise import standard_normal, standard_normal_of
 
-__all__ = ["variational_linear", "sample_normal", "kl_normal"]
+__all__ = ["variational_linear", "noisy_linear", "sample_normal", "kl_normal"]
+
+NOISY_STREAM = 5  # of the inputs' noise; the outputs' is the next
 
 def variational_linear(x, weight_mu, weight_rho, bias_mu, bias_rho, key, *, prior=Normal(0.0, 1.0),
                        bias_prior=None, scale="softplus", kl="analytic", n_samples=1, row_offset=0,
@@ -43,6 +45,27 @@ def variational_linear(x, weight_mu, weight_rho, bias_mu, bias_rho, key, *, prio
     stacked = x.reshape(n_samples, math.prod(x.shape[:-1]) // n_samples, in_features)
     y = stacked @ w.mT if b is None else stacked @ w.mT + b.unsqueeze(1)
     return y.reshape(*x.shape[:-1], out_features), total_kl
+
+
+def noisy_linear(x, weight_mu, weight_sigma, bias_mu, bias_sigma, key, *, row_offset=0, column_offset=0):
+    """See `bnn_fast.functional.noisy_linear`."""
+    checks.noisy(x, weight_mu, weight_sigma, bias_mu, bias_sigma, key)
+    dtype = torch.promote_types(weight_mu.dtype, torch.float32)
+
+    def noise(n, stream, offset):
+        return standard_normal(key, 1, 1, n, stream=stream, column_offset=offset, dtype=dtype).flatten()
+
+    return noisy_linear_under(noise, x, weight_mu, weight_sigma, bias_mu, bias_sigma, row_offset, column_offset)
+
+
+def noisy_linear_under(noise, x, weight_mu, weight_sigma, bias_mu, bias_sigma, row_offset, column_offset):
+    """The same, its normals being what noise(how many, stream, offset) gives."""
+    outputs, inputs = weight_mu.shape
+    of_inputs, of_outputs = (e.sign() * e.abs().double().sqrt().to(e.dtype) for e in (
+        noise(inputs, NOISY_STREAM, column_offset), noise(outputs, NOISY_STREAM + 1, row_offset)))
+    w = _Posterior(weight_mu, weight_sigma, "identity").draw(of_outputs.unsqueeze(1) * of_inputs)
+    b = None if bias_mu is None else _Posterior(bias_mu, bias_sigma, "identity").draw(of_outputs)
+    return F.linear(x, *(None if t is None else t.to(weight_mu.dtype).to(x.dtype) for t in (w, b)))
 
 
 def sample_normal(mu, rho, key, *, prior=Normal(0.0, 1.0), scale="softplus", kl="analytic", n_samples=None,
@@ -136,7 +159,7 @@ class _Posterior:
         dtype = torch.float64 if mu.dtype == torch.float64 else torch.float32
         self.alive = rho != -math.inf
         self.mu = mu.to(dtype)
-        self._rho = rho.to(dtype).masked_fill(~self.alive, 0.0)
+        self._rho = rho.to(dtype).masked_fill(~self.alive, 1.0)
         self._scale = scale
         self.sigma = sigma_of(self._rho, scale).masked_fill(~self.alive, 0.0)
 

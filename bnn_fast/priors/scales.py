@@ -1,4 +1,10 @@
-"""What rho means: sigma(rho) and its logarithm under each scale, and the way back."""
+"""What rho means: sigma(rho) and its logarithm under each scale, and the way back.
+
+    softplus  sigma = log(1 + e^rho)    exp  sigma = e^rho    sqrt_exp  sigma = e^(rho/2)
+    square    sigma = rho^2             identity  sigma = rho
+
+rho = -inf is a pruned weight, whose sigma is 0. The last two pass through sigma = 0 at rho = 0, where log sigma is -inf.
+"""
 from __future__ import annotations
 
 import math
@@ -9,18 +15,32 @@ from torch import Tensor
 
 
 def sigma_of(rho: Tensor, scale: str) -> Tensor:
-    """The standard deviation that rho, any finite value, means under `scale`."""
+    """The factor of the noise that rho means under `scale`: the standard deviation, but for the identity's sign."""
     if scale == "softplus":
         return F.softplus(
             rho, threshold=40
         )  # exact beyond 40, where log(1 + e^rho) - rho is below float64's resolution
-    return (rho if scale == "exp" else 0.5 * rho).exp()
+    if scale in ("exp", "sqrt_exp"):
+        return (rho if scale == "exp" else 0.5 * rho).exp()
+    root = rho.masked_fill(rho == -math.inf, 0.0)
+    return root.square() if scale == "square" else root
+
+
+def deviation_of(rho: Tensor, scale: str) -> Tensor:
+    """The standard deviation that rho means under `scale`."""
+    sigma = sigma_of(rho, scale)
+    return sigma.abs() if scale == "identity" else sigma
 
 
 def log_sigma_of(rho: Tensor, scale: str) -> Tensor:
-    """log sigma(rho), right also where sigma itself has underflowed."""
+    """log |sigma(rho)| for any rho above -inf, right also where sigma itself has underflowed."""
+    if scale == "exp":
+        return rho
+    if scale == "sqrt_exp":
+        return 0.5 * rho
     if scale != "softplus":
-        return rho if scale == "exp" else 0.5 * rho
+        log_magnitude = torch.where(rho < 0.0, -rho, rho).log()  # its derivative at 0 is 1 / rho; that of abs().log() is NaN
+        return 2.0 * log_magnitude if scale == "square" else log_magnitude
     # With z = e^rho, log(log(1 + z)) = rho - z/2 + 5 z^2 / 24 - ..., and below -12 z^3 is nothing beside rho.
     z = rho.clamp(max=-12.0).exp()
     return torch.where(
@@ -40,4 +60,6 @@ def convert_rho(rho: Tensor, scale: str) -> Tensor:
     if scale == "softplus":
         return rho
     log_sigma = log_sigma_of(rho, "softplus")
-    return log_sigma if scale == "exp" else 2.0 * log_sigma
+    if scale in ("exp", "sqrt_exp"):
+        return log_sigma if scale == "exp" else 2.0 * log_sigma
+    return (0.5 * log_sigma if scale == "square" else log_sigma).exp()

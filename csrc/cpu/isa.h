@@ -2,6 +2,7 @@
 // float32 and the half types run on the lane type F, float64 on single doubles.
 #pragma once
 
+#include "factorised_linear.h"
 #include "linear.h"
 #include "narrow.h"
 

@@ -97,6 +97,12 @@ inline void forward_rows(const LinearForward& problem, int64_t row, PriorSpan<F>
   }
 }
 
+// The same of a block of outputs from `row` on, and of the backward's, with factorised noise: factorised_linear.h
+template <class F> void factorised_forward(const LinearForward& problem, int64_t row, F* sums);
+template <class F, int R>
+void factorised_backward_rows(const LinearBackward& problem, int64_t row, int64_t begin, int64_t end, const ScalarOf<F>* g,
+                              const ScalarOf<F>* x, ScalarOf<F>* grad_x);
+
 template <class T> std::unique_ptr<T[], void (*)(T*)> aligned_array(int64_t n) {
   void* p = ::operator new(static_cast<size_t>(n > 0 ? n : 1) * sizeof(T), std::align_val_t(64));
   return {static_cast<T*>(p), [](T* q) { ::operator delete(q, std::align_val_t(64)); }};
@@ -106,14 +112,16 @@ template <class F> inline void linear_forward(const LinearForward& problem, int6
   const Posterior& p = problem.weight;
   PriorSpan<F> prior(p.prior);
   SpanNoise noise(p);
-  int64_t size = kRowBlock * padded_columns<F>(p);
+  int64_t size = p.column_factors ? 0 : kRowBlock * padded_columns<F>(p);
   auto sigma = aligned_array<ScalarOf<F>>(size);
   auto log_sigma = aligned_array<ScalarOf<F>>(problem.divergence == kSampled ? size : 0);
   auto sums = aligned_array<F>(problem.batch * kRowBlock);
   for (int64_t t = task_begin; t < task_end; ++t) {
     Sum<F> kl;
     int64_t row = t * kRowBlock;
-    if (row + kRowBlock <= p.rows) {
+    if (p.column_factors) {
+      factorised_forward<F>(problem, row, sums.get());
+    } else if (row + kRowBlock <= p.rows) {
       forward_rows<F, kRowBlock>(problem, row, prior, noise, sigma.get(), log_sigma.get(), sums.get(), kl);
     } else {
       for (; row < p.rows; ++row) forward_rows<F, 1>(problem, row, prior, noise, sigma.get(), log_sigma.get(), sums.get(), kl);
@@ -240,7 +248,11 @@ template <class F> inline void linear_backward(const LinearBackward& problem, in
         memcpy(g.get() + b * kGradientOutputs, static_cast<const S*>(problem.grad_y) + b * p.rows + row,
                sizeof(S) * static_cast<size_t>(stop - row));
       auto rows = [&]<int R>() {
-        backward_rows<F, R>(problem, row, begin, end, g.get() + (row - first), x.get(), sums, gradients);
+        const S* g_row = g.get() + (row - first);
+        if (p.column_factors)
+          factorised_backward_rows<F, R>(problem, row, begin, end, g_row, x.get(), sums);
+        else
+          backward_rows<F, R>(problem, row, begin, end, g_row, x.get(), sums, gradients);
         row += R;
       };
       while (row + kRowBlock <= stop) rows.template operator()<kRowBlock>();

@@ -7,7 +7,7 @@
 // The noise is drawn again in the backward; nothing is kept from the forward.
 #pragma once
 
-#include "span.h"
+#include "factorised.h"
 
 BNN_FAST_BEGIN
 
@@ -87,6 +87,11 @@ template <class F> inline void sample_forward(const SampleForward& problem, int6
   for (int64_t t = task_begin; t < task_end; ++t) {
     Sum<F> kl;
     for_spans<F>(p, t, [&](const Span& span) {
+      if (p.column_factors) {
+        SpanOutput<F> weight(problem.weight, problem.weight_type, p.columns, span, weight_scratch);
+        factorised_weights<F>(p, span, mu_scratch, weight.target);
+        return weight.finish();
+      }
       const auto* mu = load_span<F>(p.mu, p.type, p.columns, span, 0, mu_scratch);
       const auto* rho = load_span<F>(p.rho, p.type, p.columns, span, -INFINITY, rho_scratch);
       if (problem.divergence != kNone) prior.move_to(p, span);
@@ -176,7 +181,7 @@ template <class F> struct GradientSpan {
         if (divergence == kAnalytic)
           store<F>(kl_rho + i, times(load<F>(factor + i), kl_by_rho(s, prior.at(i))));
         else if (divergence == kSampled)
-          store<F>(kl_rho + i, load<F>(factor + i) * sampled_kl_by_rho(s));
+          store<F>(kl_rho + i, times(load<F>(factor + i), sampled_kl_by_rho(s)));
       }
     });
   }
@@ -255,6 +260,11 @@ template <class F> inline void sample_backward(const SampleBackward& problem, in
   DrawSpan<F> draw{eps, gradient.divergence == kSampled ? weight.data : nullptr, nullptr, by_mu, by_sigma};
   for (int64_t t = task_begin; t < task_end; ++t)
     for_spans<F>(p, t, [&](const Span& span) {
+      if (p.column_factors) {
+        const auto* of_weight = !problem.grad_weight ? nullptr : load_span<F>(problem.grad_weight, problem.weight_type, p.columns,
+                                                                             span, 0, scratch);
+        return factorised_gradients<F>(p, span, of_weight, problem.grad_mu, problem.grad_rho);
+      }
       gradient.move_to(span);
       for (int64_t s = 0; s < problem.samples; ++s) {
         if (problem.grad_weight)

@@ -143,7 +143,9 @@ template <class Function> BNN_FN void with_scale(int scale, Function f) {
   switch (scale) {
     case kSoftplus: f.template operator()<kSoftplus>(); break;
     case kExp: f.template operator()<kExp>(); break;
-    default: f.template operator()<kSqrtExp>();
+    case kSqrtExp: f.template operator()<kSqrtExp>(); break;
+    case kSquare: f.template operator()<kSquare>(); break;
+    default: f.template operator()<kIdentity>();
   }
 }
 

@@ -51,7 +51,7 @@ __device__ void bias_gradient(const LayerBackward& problem, int64_t counter) {
           by_mu[k] += times(factor, kl_by_location(mu[k], prior(k)));
           by_sigma[k] += times(factor, kl_by_rho(spreads[k], prior(k)));
         } else if (divergence == kSampled) {
-          by_sigma[k] += factor * sampled_kl_by_rho(spreads[k]);
+          by_sigma[k] += times(factor, sampled_kl_by_rho(spreads[k]));
         }
         by_sigma[k] = in_full(p.scale, spreads[k].sigma, by_sigma[k]);
         if (is_pruned(rho[k])) by_mu[k] = by_sigma[k] = 0;

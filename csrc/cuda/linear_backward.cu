@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) backward_kernel
             spreads[k] = spread<scale>(rho[k]);
             sigma[k] = spreads[k].sigma;
             d_sigma[k] = spreads[k].d_sigma;
-            if (divergence == kSampled) kl_rho[k] = factor * sampled_kl_by_rho(spreads[k]);
+            if (divergence == kSampled) kl_rho[k] = times(factor, sampled_kl_by_rho(spreads[k]));
           }
           tile.mu[q] = pack(mu);
           tile.sigma[q] = pack(sigma);

@@ -144,7 +144,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) forward_kernel(
           for (int k = 0; k < 4; ++k) {
             spreads[k] = spread<scale>(rho[k]);
             sigma[k] = spreads[k].sigma;
-            log_sigma[k] = spreads[k].log_sigma;
+            log_sigma[k] = is_pruned(rho[k]) ? INFINITY : spreads[k].log_sigma;  // which no sigma has
           }
           if (problem.divergence == kAnalytic)
             with_prior<float>(p.prior, plan.prior, p.type, quad,
@@ -168,13 +168,13 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) forward_kernel(
             noise.draw<float>(at.member, row + h * 8, counter + tile * (kSide / 4), eps);
             BNN_UNROLL
             for (int k = 0; k < 4; ++k) w[h][k] = fma_lane(sigma[k], eps[k], mu[k]);
-            if (sampled) {  // a pruned weight's log sigma is -inf, as its rho
+            if (sampled) {
               float log_sigma[4];
               unpack(log_sigma_tile[q], log_sigma);
               with_prior<float>(p.prior, plan.prior, p.type, quad_in(tile * 2 + h), [&](auto prior) {
                 BNN_UNROLL
                 for (int k = 0; k < 4; ++k)
-                  if (!is_pruned(log_sigma[k])) kl += kl_sampled(w[h][k], eps[k], log_sigma[k], prior(k));
+                  if (!(log_sigma[k] > largest<float>())) kl += kl_sampled(w[h][k], eps[k], log_sigma[k], prior(k));
               });
             }
           }

@@ -140,8 +140,12 @@ template <class Body> __device__ __forceinline__ void with_scale(int scale, Body
     body.template operator()<kSoftplus>();
   else if (scale == kExp)
     body.template operator()<kExp>();
-  else
+  else if (scale == kSqrtExp)
     body.template operator()<kSqrtExp>();
+  else if (scale == kSquare)
+    body.template operator()<kSquare>();
+  else
+    body.template operator()<kIdentity>();
 }
 
 // The analytic KL of a quad, in one sum. One logarithm does for its four sigmas: log of their product. Pruned elements, and those

@@ -174,7 +174,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor<F, AnyQuad>)
           }
         });
       } else if (divergence == kSampled) {
-        for (int k = 0; k < 4; ++k) d_rho[k] = number * static_cast<F>(samples) * sampled_kl_by_rho(s[k]);
+        for (int k = 0; k < 4; ++k) d_rho[k] = times(number * static_cast<F>(samples), sampled_kl_by_rho(s[k]));
       }
     });
     for (uint32_t s = 0; s < samples; ++s) {

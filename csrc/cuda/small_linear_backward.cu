@@ -175,7 +175,7 @@ __global__ void __launch_bounds__(32, 8) small_gradient_kernel(LayerBackward pro
       kl_mu = times(k, kl_by_location(mu[n], prior[n]));
       kl_rho = times(k, kl_by_rho(spreads[n], prior[n]));
     } else if (divergence == kSampled) {
-      kl_rho = k * sampled_kl_by_rho(spreads[n]);
+      kl_rho = times(k, sampled_kl_by_rho(spreads[n]));
     }
     bool pruned = is_pruned(rho[n]);
     grad_mu[n] = select(pruned, F(0), by_mu[n] + kl_mu);

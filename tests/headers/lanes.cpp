@@ -94,8 +94,13 @@ void draw(uint64_t seed, uint32_t stream, uint32_t sample, uint32_t row, void* n
 }
 
 Spread<F> spread_of(int scale, F rho) {
-  if (scale == kSoftplus) return spread<kSoftplus>(rho);
-  return scale == kExp ? spread<kExp>(rho) : spread<kSqrtExp>(rho);
+  switch (scale) {
+    case kSoftplus: return spread<kSoftplus>(rho);
+    case kExp: return spread<kExp>(rho);
+    case kSqrtExp: return spread<kSqrtExp>(rho);
+    case kSquare: return spread<kSquare>(rho);
+    default: return spread<kIdentity>(rho);
+  }
 }
 
 void spread_all(int scale, const void* rho, void* four, size_t n) {

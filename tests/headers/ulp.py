@@ -53,6 +53,10 @@ def spread(rho: np.ndarray, scale: int) -> np.ndarray:
         log_sigma = np.where(tail, rho - t / 2, np.log(sigma))
         d_sigma = np.where(rho > 0, 1, t) / (1 + t)
         return np.stack([sigma, log_sigma, d_sigma, np.where(tail, 1 - t / 2, d_sigma / sigma)])
+    if scale >= 3:
+        power = np.longdouble(2 if scale == 3 else 1)
+        with np.errstate(divide="ignore"):
+            return np.stack([rho**power, np.log(np.abs(rho)) * power, power * rho ** (power - 1), power / rho])
     power = np.longdouble(1 if scale == 1 else 0.5)
     with np.errstate(over="ignore"):
         sigma = np.exp(rho * power)

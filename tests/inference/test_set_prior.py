@@ -109,7 +109,7 @@ def test_the_kl_follows_a_prior_that_is_set_between_forward_and_read(twin):
     torch.testing.assert_close(found, bf.kl_divergence(network(prior=bf.Normal(0.0, 3.0))))
 
 
-@pytest.mark.parametrize("scale", ["softplus", "exp", "sqrt_exp"])
+@pytest.mark.parametrize("scale", bf.checks.SCALES)
 @pytest.mark.parametrize("init", ["default", "blundell", "tutorial", "zeros", "adv_bnn"])
 def test_init_sigma(init, scale):
     for sigma in (0.05, 1e-9, 30):

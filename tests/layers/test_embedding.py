@@ -82,7 +82,7 @@ def test_the_rows_are_those_of_the_whole_draw_bit_by_bit(twin):
     assert torch.equal(found, table[samples, rows])
 
 
-@pytest.mark.parametrize("scale", ["softplus", "exp", "sqrt_exp"])
+@pytest.mark.parametrize("scale", bf.checks.SCALES)
 def test_drawn_rows_are_near_to_the_last_bit(scale, twin):
     torch.manual_seed(0)
     layer, tokens = bf.VariationalEmbedding(500, 64, scale=scale, init_sigma=0.5), torch.randint(500, (400,))

@@ -21,7 +21,7 @@ def statistics(name, scale):
     return layer, layer.weight_mu.detach(), layer.weight_sigma.detach()
 
 
-@pytest.mark.parametrize("scale", ["softplus", "exp", "sqrt_exp"])
+@pytest.mark.parametrize("scale", bf.checks.SCALES)
 def test_named_initialisations(scale):
     softplus = lambda rho: torch.nn.functional.softplus(torch.tensor(rho, dtype=torch.float64))  # noqa: E731
     expected = {  # std of mu, sigma of the weight, sigma of the bias, whether the bias' mean is 0
@@ -54,6 +54,8 @@ def test_conversion_keeps_sigma():
     log_sigma = torch.where(rho < -30, rho, torch.nn.functional.softplus(rho.clamp(min=-30)).log())
     torch.testing.assert_close(convert_rho(rho, "exp"), log_sigma)
     torch.testing.assert_close(convert_rho(rho, "sqrt_exp"), 2 * log_sigma)
+    torch.testing.assert_close(convert_rho(rho, "square").square(), log_sigma.exp())
+    torch.testing.assert_close(convert_rho(rho, "identity"), log_sigma.exp())
     assert convert_rho(rho, "softplus") is rho
 
 

@@ -67,8 +67,9 @@ def test_a_call_takes_nothing_from_the_generator_but_its_key(twin):
 
 def test_sigma_is_read_only():
     for scale, sigma in [("softplus", nn.functional.softplus), ("exp", torch.exp),
-                         ("sqrt_exp", lambda r: (r / 2).exp())]:
+                         ("sqrt_exp", lambda r: (r / 2).exp()), ("square", torch.square), ("identity", torch.abs)]:
         layer = bf.VariationalLinear(3, 2, scale=scale)
+        layer.weight_rho.data[0].neg_()
         torch.testing.assert_close(layer.weight_sigma, sigma(layer.weight_rho))
         torch.testing.assert_close(layer.bias_sigma, sigma(layer.bias_rho))
     with pytest.raises(AttributeError):
@@ -89,7 +90,7 @@ def test_asking_for_the_weight_says_what_to_use(name):
 @pytest.mark.parametrize("options", [
     {}, dict(bias=False), dict(prior=bf.Normal(0.5, 2.0), scale="exp", kl="sampled", init="zeros"),
     dict(bias_prior=bf.Normal(0.0, 3.0), dtype=torch.float64), dict(device="meta"),
-    dict(scale="sqrt_exp", bias=False)])
+    dict(scale="sqrt_exp", bias=False), dict(scale="square"), dict(scale="identity", init_sigma=0.1)])
 def test_repr_builds_the_layer_again(options):
     layer = bf.VariationalLinear(3, 2, **options)
     again = eval(repr(layer), NAMESPACE)
@@ -121,7 +122,7 @@ def test_tensor_priors_are_persistent_buffers(twin):
 
 
 @pytest.mark.parametrize("options, error, message", [
-    (dict(scale="log"), ValueError, "scale: expected one of 'softplus', 'exp', 'sqrt_exp', given 'log'"),
+    (dict(scale="log"), ValueError, "scale: expected one of 'softplus', 'exp', 'sqrt_exp', 'square', 'identity', given 'log'"),
     (dict(kl=None), ValueError, "kl: expected one of 'analytic', 'sampled', given None"),
     (dict(init="he"), ValueError,
      "init: expected one of 'default', 'blundell', 'tutorial', 'zeros', 'adv_bnn', given 'he'"),

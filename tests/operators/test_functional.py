@@ -7,9 +7,9 @@ import pytest
 import torch
 from common import key_of, needs_extension, posterior, twin  # noqa: F401
 
-from bnn_fast import Normal, functional, reference
+from bnn_fast import Normal, checks, functional, reference
 
-SCALES, KLS = ("softplus", "exp", "sqrt_exp"), ("analytic", "sampled", None)
+SCALES, KLS = tuple(checks.SCALES), ("analytic", "sampled", None)
 
 
 def run(module, x, weight, bias, **options):
@@ -200,7 +200,7 @@ BAD = [
     (dict(key=torch.tensor([1, 2, 3])), ValueError, r"key: expected shape \[2\]"),
     (dict(key=7), TypeError, r"key: expected an int64 tensor \[2\].*given int 7"),
     (dict(key=torch.zeros(2, dtype=torch.int64, device="meta")), ValueError, "key: expected to be on cpu"),
-    (dict(scale="soft"), ValueError, "scale: expected one of 'softplus', 'exp', 'sqrt_exp', given 'soft'"),
+    (dict(scale="soft"), ValueError, "scale: expected one of 'softplus', 'exp', 'sqrt_exp', 'square', 'identity', given 'soft'"),
     (dict(kl="exact"), ValueError, "kl: expected one of None, 'analytic', 'sampled', given 'exact'"),
     (dict(kl=[]), ValueError, "kl: expected one of"),
     (dict(prior=Normal(torch.zeros(3), 1.0), bias_prior=Normal()), ValueError,

@@ -117,7 +117,7 @@ key = torch.tensor([5, 1])
 rho = torch.linspace(-90, 90, 7 * 1031).view(7, 1031)
 options = dict(n_samples=2, column_offset=3)
 w = [bnn_fast.functional.sample_normal(torch.zeros_like(rho), rho, key, scale=scale, **options)[0]
-     for scale in ("softplus", "exp", "sqrt_exp")]
+     for scale in bnn_fast.checks.SCALES]
 print(bnn_fast.build_info()["cpu_capability"], hashlib.sha256(torch.stack(w).numpy().tobytes()).hexdigest())
 """
 

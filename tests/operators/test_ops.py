@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 from common import key_of, needs_extension, posterior
-from kernels import draw_arguments, kl_arguments
+from kernels import SCALES, draw_arguments, kl_arguments
 
 from bnn_fast import functional, reference
 from bnn_fast.operators import raw as ops
@@ -79,7 +79,7 @@ def prior_of(kind: str, mu) -> Normal:
 @pytest.mark.parametrize("module", [pytest.param(functional, marks=needs_extension, id="compiled"),
                                     pytest.param(reference, id="reference")])
 @pytest.mark.parametrize("scale, kl",
-                         list(itertools.product(["softplus", "exp", "sqrt_exp"],
+                         list(itertools.product(SCALES,
                                                 ["analytic", "sampled", None])))
 def test_gradcheck(module, scale, kl):
     """Every combination of scale and KL, and over them the priors, the bias and the number of samples."""
@@ -108,7 +108,7 @@ def test_gradcheck(module, scale, kl):
 
 @pytest.mark.parametrize("module", [pytest.param(functional, marks=needs_extension, id="compiled"),
                                     pytest.param(reference, id="reference")])
-@pytest.mark.parametrize("scale", ["softplus", "exp", "sqrt_exp"])
+@pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("reduction", ["sum", "mean", "none"])
 def test_gradcheck_kl_normal(module, scale, reduction):
     for kind in PRIORS:

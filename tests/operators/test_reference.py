@@ -7,14 +7,14 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from kernels import one_thread  # noqa: F401
+from kernels import SCALES, one_thread  # noqa: F401
 from torch.distributions import Normal as TorchNormal
 from torch.distributions import kl_divergence
 
 from bnn_fast import Normal, reference
 
-SCALES = ("softplus", "exp", "sqrt_exp")
-SIGMA = {"softplus": F.softplus, "exp": torch.exp, "sqrt_exp": lambda rho: torch.exp(0.5 * rho)}
+SIGMA = {"softplus": F.softplus, "exp": torch.exp, "sqrt_exp": lambda rho: torch.exp(0.5 * rho), "square": torch.square,
+         "identity": lambda rho: rho}
 KEY = torch.tensor([-0x123456789ABCDEF, 7])
 
 
@@ -97,7 +97,7 @@ def test_kl_is_that_of_torch_distributions(scale, prior):
     mu, rho = parameters(5, 7)
     loc, sd = prior if prior != "tensors" else (torch.randn(5, 7).double(), torch.rand(5, 7).double() + 0.1)
     expected = kl_divergence(
-        TorchNormal(mu, SIGMA[scale](rho)),
+        TorchNormal(mu, SIGMA[scale](rho).abs()),
         TorchNormal(torch.as_tensor(loc, dtype=torch.float64), torch.as_tensor(sd, dtype=torch.float64)),
     )
     elements = reference.kl_normal(mu, rho, prior=Normal(loc, sd), scale=scale, reduction="none")
@@ -117,7 +117,7 @@ def test_sampled_kl_is_the_difference_of_log_densities_at_the_draw(scale):
     mu, rho = parameters(5, 7)
     prior = Normal(0.3, 0.6)
     w, value = reference.sample_normal(mu, rho, KEY, prior=prior, scale=scale, kl="sampled", n_samples=4)
-    difference = TorchNormal(mu, SIGMA[scale](rho)).log_prob(w) - TorchNormal(0.3, 0.6).log_prob(w)
+    difference = TorchNormal(mu, SIGMA[scale](rho).abs()).log_prob(w) - TorchNormal(0.3, 0.6).log_prob(w)
     torch.testing.assert_close(value, difference.sum() / 4)
 
 
@@ -160,7 +160,7 @@ def test_overflow_is_infinite_and_never_nan(scale, value):
     for kl in ("analytic", "sampled"):
         w, kl_value = reference.sample_normal(mu, rho, KEY, scale=scale, kl=kl)
         assert not w.isnan().any() and not kl_value.isnan()
-        if scale != "softplus" or value == math.inf:
+        if scale in ("exp", "sqrt_exp") or value == math.inf:
             assert w.isinf().all() and kl_value == math.inf
     assert not any(
         g.isnan().any() for g in torch.autograd.grad(reference.kl_normal(mu, rho, scale=scale), (mu, rho))

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from judging import check_linear
+from judging import check_linear, check_zero_sigma
 from kernels import (
     DTYPES,
     HALVES,
@@ -33,7 +33,7 @@ PLAIN = dict(
 # Every pair of a scale, a KL, a number of samples and offsets is in it.
 OPTIONS = [
     (SCALES[a], KLS[b], (1, 3, 9)[(a + b) % 3], ((0, 0), (5, 7), (2**32 - 70, 4))[(a + 2 * b) % 3])
-    for a in range(3)
+    for a in range(len(SCALES))
     for b in range(3)
 ]
 
@@ -185,7 +185,8 @@ def test_linear_backward_takes_gradients_of_any_stride_and_either_alone(kl, regi
 
 
 @pytest.mark.parametrize(
-    "scale, kl", [("softplus", "analytic"), ("exp", "sampled"), ("sqrt_exp", "analytic")]
+    "scale, kl",
+    [("softplus", "analytic"), ("exp", "sampled"), ("sqrt_exp", "analytic"), ("square", "sampled"), ("identity", "analytic")],
 )
 def test_linear_pruned_weights(scale, kl, regime, cuda_ops):
     outputs, inputs, batch = regime
@@ -210,6 +211,11 @@ def test_linear_pruned_weights(scale, kl, regime, cuda_ops):
     )[2]
     for gradient, mask in zip(gradients[1:], (pruned, pruned, bias_pruned, bias_pruned)):
         assert torch.equal(gradient == 0, mask)
+
+
+@pytest.mark.parametrize("scale, kl", [("square", "analytic"), ("square", "sampled"), ("identity", "sampled")])
+def test_a_sigma_of_zero(scale, kl, regime, cuda_ops):
+    check_zero_sigma(scale, *regime, kl, ops=cuda_ops)
 
 
 @pytest.mark.parametrize("dtype", [d for d in DTYPES if d != torch.float64], ids=str)

@@ -87,7 +87,7 @@ def test_fused_samples(dtypes, cuda_ops):
 @pytest.mark.parametrize("dtypes", OWN_TYPES[1:] + MIXED_TYPES, ids=str)
 def test_fused_kernels_for_many_rows_of_16_bits(dtypes, cuda_ops):
     for i, (scale, kl) in enumerate(ALL_OPTIONS):
-        check_fused(ALIGNED[i % 2], 17 + 5 * i, dtypes, cuda_ops, scale=scale, kl=kl, bias=i % 3 > 0)
+        check_fused(ALIGNED[i % 2], 17 + 3 * i, dtypes, cuda_ops, scale=scale, kl=kl, bias=i % 3 > 0)
     for i, (kl, prior) in enumerate(WITH_PRIORS):
         check_fused((ALIGNED[0], UNALIGNED)[i % 2], 33, dtypes, cuda_ops, kl=kl, prior=prior)
     check_fused(UNALIGNED, 64, dtypes, cuda_ops, kl="analytic", prior=True)
