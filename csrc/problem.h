@@ -68,6 +68,10 @@ struct KlGradient {
   bool elementwise;
 };
 
+// What a variational linear layer draws (estimators: cpu/estimators.h): its weights, its outputs, or perturbations of the means
+// with signs of their own for every example.
+enum Estimator : int { kWeight = 0, kLocal = 1, kFlipout = 2 };
+
 struct SampleForward {
   Posterior posterior;
   int divergence;     // enum Divergence
@@ -75,6 +79,7 @@ struct SampleForward {
   void* weight;       // [samples, rows, columns], or null
   Type weight_type;
   double* kl;         // [tasks]: each task's part of the sum over elements and samples; null without a divergence
+  int estimator = kWeight;  // weight holds w = mu + sigma eps, or of local sigma^2 [rows, columns], or of flipout sigma eps
 };
 
 struct KlElements {
@@ -91,6 +96,9 @@ struct SampleBackward {
   KlGradient grad_kl;
   void* grad_mu;   // [rows, columns], the posterior's type
   void* grad_rho;  // [rows, columns]
+  int estimator = kWeight;
+  const void* grad_second = nullptr;  // beside grad_weight, which is then that of mu [rows, columns] (estimators.h), alike in type:
+                                      // of local [rows, columns], of flipout [samples, rows, columns]
 };
 
 // Activations from the caller's layout to the kernels': [vectors][batch][lanes], where vector v holds the columns
@@ -125,6 +133,43 @@ struct LinearBackward {
   KlGradient grad_kl;
   void* grad_mu;
   void* grad_rho;
+};
+
+// The small-batch layer by an estimator: two products at once (cpu/estimators.h).
+struct EstimatedForward {
+  Posterior weight;
+  int divergence, estimator;
+  int64_t samples, batch;
+  const void* x;       // packed, batch = samples * batch
+  const void* second;  // packed: what meets sigma^2 or sigma eps
+  void* first_sum;     // [samples * batch, rows] in the type computed in
+  void* second_sum;    // [samples * batch, rows]
+  double* kl;          // [tasks] or null
+};
+
+struct EstimatedBackward {
+  Posterior weight;
+  int divergence, estimator;
+  int64_t samples, batch;
+  Type type;                // of all activations here, that which is computed in
+  const void* x;            // [samples * batch, columns]
+  const void* second;       // [samples * batch, columns]
+  const void* factor;       // [samples * batch, columns]
+  const void* grad;         // [samples * batch, rows]
+  const void* grad_second;  // [samples * batch, rows]
+  void* grad_x;             // [samples * batch, columns] or null
+  KlGradient grad_kl;
+  void* grad_mu;
+  void* grad_rho;
+};
+
+// The outputs of "local", y = m + sqrt(v) eps, and kept = eps / sqrt(v), 0 where v is.
+struct LocalOutputs {
+  Posterior posterior;  // of one sample: rows are examples, mu points at m, rho at v, both [samples, rows, columns]
+  int64_t samples;
+  void* y;              // [samples, rows, columns]
+  Type y_type;
+  void* kept;           // the posterior's type
 };
 
 // Layers of at most kNarrow inputs and outputs, in float32 (cpu/narrow.h).

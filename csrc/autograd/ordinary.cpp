@@ -42,6 +42,7 @@ struct Names {
   NAME(mode);
   NAME(modes);
   NAME(active);
+  NAME(estimator);
 };
 #undef NAME
 
@@ -264,7 +265,8 @@ py::object Ordinary::pinned(py::handle model, py::handle n_samples) const {
   for (PyObject* layer : layers) {
     auto dict = py::reinterpret_steal<py::object>(PyObject_GenericGetDict(layer, nullptr));
     auto tensors = pairs_of(dict.ptr());
-    if (!tensors) return py::none();
+    PyObject* estimator = item(dict.ptr(), name.estimator);
+    if (!tensors || (estimator && PyUnicode_CompareWithASCIIString(estimator, "weight") != 0)) return py::none();
     for (const auto& [mu, rho] : *tensors)
       if (!is_tensor(mu) || !THPVariable_Unpack(mu).is_cpu()) return py::none();
     auto first = tensors->empty() ? std::make_pair(layer, layer) : (*tensors)[0];

@@ -4,6 +4,11 @@
 //   backward   dmu = sum_s dW_s + k dKL/dmu          drho = sigma' sum_s dW_s eps_s + k dKL/drho
 //
 // With the sampled divergence k dKL_s/dw_s / S is added to dW_s, and only -(log sigma)' is left in dKL/drho.
+// Of estimators other than "weight" two gradients come, that of mu, M, and another, D (estimators.h); of "local" alone D is the
+// same for all samples:
+//
+//   dmu = M + k dKL/dmu              drho = sigma' (sigma D  or of flipout  sum_s eps_s D_s) + k dKL/drho
+//
 // The noise is drawn again in the backward; nothing is kept from the forward.
 #pragma once
 
@@ -43,14 +48,14 @@ inline void sigma_span(const Posterior& p, int divergence, const ScalarOf<F>* mu
   });
 }
 
-// One draw of a span's weights, and the sampled KL of its elements where it is asked for.
-template <class F>
+// One draw of a span's weights, or of sigma eps alone, and the sampled KL of its elements where it is asked for.
+template <class F, bool alone = false>
 inline void draw_span(const SpanNoise& noise, const Span& span, int64_t sample, int divergence, const ScalarOf<F>* mu,
                       const ScalarOf<F>* rho, const ScalarOf<F>* sigma, const ScalarOf<F>* log_sigma, PriorSpan<F>& prior,
                       ScalarOf<F>* weight, Sum<F>& kl) {
   noise.draw<F>(span, sample, [&](int i, F eps) __attribute__((always_inline)) {
     F w = fma_lane(load<F>(sigma + i), eps, load<F>(mu + i));
-    store<F>(weight + i, w);
+    store<F>(weight + i, alone ? load<F>(sigma + i) * eps : w);
     if (divergence == kSampled) {
       F element = kl_sampled(w, eps, load<F>(log_sigma + i), prior.at(i));
       kl.add(select(is_pruned(load<F>(rho + i)), splat<F>(0), element));
@@ -92,14 +97,23 @@ template <class F> inline void sample_forward(const SampleForward& problem, int6
       if (problem.divergence != kNone) prior.move_to(p, span);
       sigma_span<F>(p, problem.divergence, mu, rho, span.width, prior, sigma, log_sigma, kl);
       if (!problem.weight && problem.divergence != kSampled) return;
+      if (problem.estimator == kLocal) {
+        SpanOutput<F> squares(problem.weight, problem.weight_type, p.columns, span, weight_scratch);
+        for (int i = 0; i < span.width; i += Lane<F>::width) store<F>(squares.target + i, variance(load<F>(sigma.data + i)));
+        squares.finish();
+        if (problem.divergence != kSampled) return;
+      }
       for (int64_t s = 0; s < problem.samples; ++s) {
-        if (!problem.weight) {
+        if (!problem.weight || problem.estimator == kLocal) {
           draw_span<F>(noise, span, s, problem.divergence, mu, rho, sigma, log_sigma, prior, weight_scratch, kl);
           continue;
         }
         SpanOutput<F> weight(static_cast<char*>(problem.weight) + s * stride, problem.weight_type, p.columns, span,
                              weight_scratch);
-        draw_span<F>(noise, span, s, problem.divergence, mu, rho, sigma, log_sigma, prior, weight.target, kl);
+        if (problem.estimator == kFlipout)
+          draw_span<F, true>(noise, span, s, problem.divergence, mu, rho, sigma, log_sigma, prior, weight.target, kl);
+        else
+          draw_span<F>(noise, span, s, problem.divergence, mu, rho, sigma, log_sigma, prior, weight.target, kl);
         weight.finish();
       }
     });
@@ -146,13 +160,14 @@ template <class F> struct GradientSpan {
   int divergence;
   int64_t samples;
   const KlGradient& grad_kl;
+  int estimator;
   PriorSpan<F> prior;
   SpanNoise noise;
   const S *mu, *rho;
   Tile<F> sigma, d_sigma, kl_rho;
 
-  GradientSpan(const Posterior& p, int divergence, int64_t samples, const KlGradient& grad_kl)
-      : p(p), divergence(grad_kl.data ? divergence : int(kNone)), samples(samples), grad_kl(grad_kl), prior(p.prior), noise(p) {
+  GradientSpan(const Posterior& p, int divergence, int64_t samples, const KlGradient& grad_kl, int estimator = kWeight)
+      : p(p), divergence(grad_kl.data ? divergence : int(kNone)), samples(samples), grad_kl(grad_kl), estimator(estimator), prior(p.prior), noise(p) {
     if (grad_kl.data && !grad_kl.elementwise) {
       S value;
       convert_from(grad_kl.data, grad_kl.type, 0, 1, &value);
@@ -200,6 +215,28 @@ template <class F> struct GradientSpan {
     }
   }
 
+  // Of another estimator, by_mu and by_sigma from M and, of "local", D; null where there are none.
+  void start(const Span& span, const DrawSpan<F>& of, const S* by_first, const S* by_second) {
+    for (int i = 0; i < span.width; i += W) {
+      store<F>(of.by_mu + i, by_first ? load<F>(by_first + i) : splat<F>(0));
+      store<F>(of.by_sigma + i, by_second ? times(load<F>(by_second + i), load<F>(sigma + i)) : splat<F>(0));
+    }
+  }
+
+  // What a draw adds to them: flipout's D_s, and the sampled KL.
+  void add_draw(const Span& span, const DrawSpan<F>& of, const S* by_second) {
+    F share = splat<F>(S(1) / static_cast<S>(samples));
+    for (int i = 0; i < span.width; i += W) {
+      F g = by_second ? load<F>(by_second + i) : splat<F>(0);
+      if (divergence == kSampled) {
+        F by_weight = times(load<F>(factor + i) * share, kl_by_location(load<F>(of.weight + i), prior.at(i)));
+        store<F>(of.by_mu + i, load<F>(of.by_mu + i) + by_weight);
+        g += by_weight;
+      }
+      store<F>(of.by_sigma + i, fma_lane(g, load<F>(of.eps + i), load<F>(of.by_sigma + i)));
+    }
+  }
+
   // Puts the gradients together and writes them.
   void finish(const Span& span, const DrawSpan<F>& of, void* grad_mu, void* grad_rho) {
     Tile<F> mu_out, rho_out;
@@ -216,9 +253,9 @@ template <class F> struct GradientSpan {
         store<F>(d_rho.target + i, select(pruned, splat<F>(0), in_full(p.scale, load<F>(sigma + i), r)));
       }
     };
-    if (!through_weights(of))
+    if (estimator == kWeight && !through_weights(of))
       write([](int, F& m, F& r) { m = r = splat<F>(0); });
-    else if (samples == 1)
+    else if (estimator == kWeight && samples == 1)
       write([&](int i, F& m, F& r) __attribute__((always_inline)) {
         m = by_weight(i, of);
         r = m * load<F>(of.eps + i);
@@ -249,13 +286,26 @@ template <class F> struct GradientSpan {
 
 template <class F> inline void sample_backward(const SampleBackward& problem, int64_t task_begin, int64_t task_end) {
   const Posterior& p = problem.posterior;
-  GradientSpan<F> gradient(p, problem.divergence, problem.samples, problem.grad_kl);
+  GradientSpan<F> gradient(p, problem.divergence, problem.samples, problem.grad_kl, problem.estimator);
   int64_t stride = p.rows * p.columns * size_of(problem.weight_type);
-  Tile<F> scratch, eps, weight, by_mu, by_sigma;
+  Tile<F> scratch, second_scratch, eps, weight, by_mu, by_sigma;
   DrawSpan<F> draw{eps, gradient.divergence == kSampled ? weight.data : nullptr, nullptr, by_mu, by_sigma};
   for (int64_t t = task_begin; t < task_end; ++t)
     for_spans<F>(p, t, [&](const Span& span) {
       gradient.move_to(span);
+      if (problem.estimator != kWeight) {
+        bool local = problem.estimator == kLocal;
+        auto load = [&](const void* data, int64_t s, ScalarOf<F>* to) {
+          return load_span<F>(static_cast<const char*>(data) + s * stride, problem.weight_type, p.columns, span, 0, to);
+        };
+        gradient.start(span, draw, load(problem.grad_weight, 0, scratch),
+                       local ? load(problem.grad_second, 0, second_scratch) : nullptr);
+        for (int64_t s = 0; s < problem.samples && (!local || gradient.divergence == kSampled); ++s) {
+          gradient.draw(span, s, draw);
+          gradient.add_draw(span, draw, local ? nullptr : load(problem.grad_second, s, second_scratch));
+        }
+        return gradient.finish(span, draw, problem.grad_mu, problem.grad_rho);
+      }
       for (int64_t s = 0; s < problem.samples; ++s) {
         if (problem.grad_weight)
           draw.grad_weight = load_span<F>(static_cast<const char*>(problem.grad_weight) + s * stride, problem.weight_type,
