@@ -139,34 +139,37 @@ struct LinearBackward {
 struct EstimatedForward {
   Posterior weight;
   int divergence, estimator;
-  int64_t samples, batch;
-  const void* x;       // packed, batch = samples * batch
+  int64_t samples, batch;  // batch: activations' rows of one sample; of local, which does not tell samples apart, all of them
+  const void* x;       // packed
   const void* second;  // packed: what meets sigma^2 or sigma eps
-  void* first_sum;     // [samples * batch, rows] in the type computed in
-  void* second_sum;    // [samples * batch, rows]
+  void* first_sum;     // [activations' rows, rows] in the type computed in
+  void* second_sum;    // [activations' rows, rows]
   double* kl;          // [tasks] or null
+  int64_t activations() const { return estimator == kLocal ? batch : samples * batch; }
 };
 
 struct EstimatedBackward {
   Posterior weight;
   int divergence, estimator;
-  int64_t samples, batch;
+  int64_t samples, batch;   // as above
   Type type;                // of all activations here, that which is computed in
-  const void* x;            // [samples * batch, columns]
-  const void* second;       // [samples * batch, columns]
-  const void* factor;       // [samples * batch, columns]
-  const void* grad;         // [samples * batch, rows]
-  const void* grad_second;  // [samples * batch, rows]
-  void* grad_x;             // [samples * batch, columns] or null
+  const void* x;            // [activations' rows, columns]
+  const void* second;       // [activations' rows, columns]
+  const void* factor;       // [activations' rows, columns]
+  const void* grad;         // [activations' rows, rows]
+  const void* grad_second;  // [activations' rows, rows]
+  void* grad_x;             // [activations' rows, columns] or null
   KlGradient grad_kl;
   void* grad_mu;
   void* grad_rho;
+  int64_t activations() const { return estimator == kLocal ? batch : samples * batch; }
 };
 
 // The outputs of "local", y = m + sqrt(v) eps, and kept = eps / sqrt(v), 0 where v is.
 struct LocalOutputs {
   Posterior posterior;  // of one sample: rows are examples, mu points at m, rho at v, both [samples, rows, columns]
   int64_t samples;
+  bool shared;          // m and v are the same for all samples, [rows, columns]
   void* y;              // [samples, rows, columns]
   Type y_type;
   void* kept;           // the posterior's type

@@ -64,7 +64,7 @@ inline void estimated_rows(const EstimatedForward& problem, int64_t row, PriorSp
   using S = ScalarOf<F>;
   constexpr int W = Lane<F>::width;
   const Posterior& p = problem.weight;
-  int64_t end = padded_columns<F>(p), all = problem.samples * problem.batch;
+  int64_t end = padded_columns<F>(p), all = problem.activations();
   bool local = problem.estimator == kLocal;
   Tile<F> mu_scratch[R], rho_scratch[R], log_sigma[R], sigma[R], unused;
   alignas(64) S second[R * kTile];
@@ -110,7 +110,7 @@ template <class F> inline void estimated_forward(const EstimatedForward& problem
   const Posterior& p = problem.weight;
   PriorSpan<F> prior(p.prior);
   SpanNoise noise(p);
-  auto sums = aligned_array<F>(problem.samples * problem.batch * kRowBlock * 2);
+  auto sums = aligned_array<F>(problem.activations() * kRowBlock * 2);
   for (int64_t t = task_begin; t < task_end; ++t) {
     Sum<F> kl;
     int64_t row = t * kRowBlock;
@@ -185,7 +185,7 @@ inline void estimated_backward_rows(const EstimatedBackward& problem, int64_t ro
   using S = ScalarOf<F>;
   constexpr int W = Lane<F>::width;
   const Posterior& p = problem.weight;
-  int64_t all = problem.samples * problem.batch;
+  int64_t all = problem.activations();
   bool local = problem.estimator == kLocal;
   alignas(64) S second[R * kTile], by_first[R * kTile], by_second[R * kTile], by_mu[R * kTile], by_sigma[R * kTile];
   alignas(64) S eps[R * kTile], weight[R * kTile];
@@ -228,7 +228,7 @@ inline void estimated_backward_rows(const EstimatedBackward& problem, int64_t ro
 template <class F> inline void estimated_backward(const EstimatedBackward& problem, int64_t task_begin, int64_t task_end) {
   using S = ScalarOf<F>;
   const Posterior& p = problem.weight;
-  int64_t padded = padded_columns<F>(p), block = column_block(p.columns), all = problem.samples * problem.batch;
+  int64_t padded = padded_columns<F>(p), block = column_block(p.columns), all = problem.activations();
   auto gradient = [&] { return GradientSpan<F>(p, problem.divergence, problem.samples, problem.grad_kl, problem.estimator); };
   GradientSpan<F> gradients[kRowBlock] = {gradient(), gradient(), gradient(), gradient()};
   auto x = aligned_array<S>(block * all), z = aligned_array<S>(block * all), f = aligned_array<S>(block * all);
@@ -275,11 +275,11 @@ template <class F> inline void local_outputs(const LocalOutputs& problem, int64_
   for (int64_t t = task_begin; t < task_end; ++t)
     for_spans<F>(p, t, [&](const Span& span) {
       for (int64_t s = 0; s < problem.samples; ++s) {
-        auto at = [&](const void* data, Type type) {
-          return const_cast<char*>(static_cast<const char*>(data)) + s * elements * size_of(type);
+        auto at = [&](const void* data, Type type, bool shared = false) {
+          return const_cast<char*>(static_cast<const char*>(data)) + (shared ? 0 : s * elements * size_of(type));
         };
-        const S* m = load_span<F>(at(p.mu, p.type), p.type, p.columns, span, 0, mean_scratch);
-        const S* v = load_span<F>(at(p.rho, p.type), p.type, p.columns, span, 0, variance_scratch);
+        const S* m = load_span<F>(at(p.mu, p.type, problem.shared), p.type, p.columns, span, 0, mean_scratch);
+        const S* v = load_span<F>(at(p.rho, p.type, problem.shared), p.type, p.columns, span, 0, variance_scratch);
         SpanOutput<F> y(at(problem.y, problem.y_type), problem.y_type, p.columns, span, y_scratch);
         SpanOutput<F> kept(at(problem.kept, p.type), p.type, p.columns, span, kept_scratch);
         noise.draw<F>(span, s, [&](int i, F eps) __attribute__((always_inline)) {

@@ -185,6 +185,24 @@ def test_a_part_of_the_batch_and_samples_apart(estimator, module, shape):
 
 
 @needs_extension
+@pytest.mark.parametrize("rows, outputs", [(3, 7), (40, 5)])
+@pytest.mark.parametrize("need_x", [True, False])
+@pytest.mark.parametrize("kl", ["analytic", "sampled"])
+def test_samples_that_share_their_input(rows, outputs, need_x, kl):
+    """Have their mean and variance in common, not their noise; so has their gradient, where x needs none."""
+    parameters, x = layer(outputs, 9, torch.float64), torch.randn(rows, 9, dtype=torch.float64)
+    found = []
+    for module in (functional, reference):
+        leaves = [t.detach().clone().requires_grad_() for t in parameters]
+        repeated = x.repeat(4, 1).requires_grad_(need_x)
+        y, value = module.variational_linear(repeated, *leaves, KEY, estimator="local", n_samples=4, kl=kl)
+        ((y * torch.cos(torch.arange(y.numel()).reshape(y.shape))).sum() + value).backward()
+        found.append([y.detach(), value.detach(), *(t.grad for t in leaves), *([repeated.grad] if need_x else [])])
+    assert_close(*found, 1e-11)
+    assert not torch.equal(found[0][0][:rows], found[0][0][rows:2 * rows])
+
+
+@needs_extension
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("rows", [16, 130])
 def test_bitwise_for_any_number_of_threads(estimator, rows):
