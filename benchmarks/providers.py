@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import bnn_fast as bf
-from bnn_fast.demos.plain import PlainLinear
+from bnn_fast.demos.plain import LocalLinear, PlainLinear
 
 BASE = "nn.Linear"
 RHO = -3.0
@@ -38,12 +38,12 @@ class Provider(NamedTuple):
         return self.wrap(model) if self.wrap else model
 
 
-def variational(n_in: int, n_out: int) -> nn.Module:
-    return bf.VariationalLinear(n_in, n_out, init="blundell")
+def variational(n_in: int, n_out: int, estimator: str = "weight") -> nn.Module:
+    return bf.VariationalLinear(n_in, n_out, init="blundell", estimator=estimator)
 
 
-def plain(n_in: int, n_out: int) -> nn.Module:
-    return PlainLinear(variational(n_in, n_out))
+def plain(n_in: int, n_out: int, kind: type = PlainLinear) -> nn.Module:
+    return kind(variational(n_in, n_out))
 
 
 def kept(model: nn.Module) -> Tensor:
@@ -51,12 +51,12 @@ def kept(model: nn.Module) -> Tensor:
     return sum(module.kl for module in model.modules() if isinstance(getattr(module, "kl", None), Tensor))
 
 
-def bnn_fast() -> Provider:
-    return Provider(variational, bf.kl_divergence)
+def bnn_fast(estimator: str = "weight") -> Provider:
+    return Provider(partial(variational, estimator=estimator), bf.kl_divergence)
 
 
-def plain_pytorch() -> Provider:
-    return Provider(plain, kept)
+def plain_pytorch(kind: type = PlainLinear) -> Provider:
+    return Provider(partial(plain, kind=kind), kept)
 
 
 def compiled() -> Provider:
@@ -128,7 +128,10 @@ def module(name: str) -> types.ModuleType:
 MAKERS = {
     BASE: lambda: Provider(nn.Linear, None),
     "bnn_fast": bnn_fast,
+    "bnn_fast local": partial(bnn_fast, "local"),
+    "bnn_fast flipout": partial(bnn_fast, "flipout"),
     "plain PyTorch": plain_pytorch,
+    "plain PyTorch local": partial(plain_pytorch, LocalLinear),
     "torch.compile": compiled,
     "torchbnn": torchbnn,
     "bayesian-torch": lambda: bayesian_torch("LinearReparameterization"),

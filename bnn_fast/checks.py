@@ -16,6 +16,7 @@ from torch import Tensor
 
 SCALES = {"softplus": 0, "exp": 1, "sqrt_exp": 2, "square": 3, "identity": 4}
 KLS = {None: 0, "analytic": 1, "sampled": 2}
+ESTIMATORS = {"weight": 0, "local": 1, "flipout": 2}
 REDUCTIONS = {"sum": 0, "mean": 1, "none": 2}
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _HALVES = (torch.bfloat16, torch.float16)
@@ -234,12 +235,20 @@ def noisy(x: Tensor, weight_mu: Tensor, weight_sigma: Tensor, bias_mu: Tensor | 
 
 
 def key(value: Tensor, mu: Tensor) -> None:
+    """An int64 tensor [2], (seed, first sample), or [3], with the row of a whole batch that the input begins at."""
     if not isinstance(value, Tensor) or value.dtype != torch.int64:
         raise TypeError(f"key: expected an int64 tensor [2] (seed, first sample), given {describe(value)}")
-    if value.shape != (2,):
+    if value.shape not in ((2,), (3,)):
         raise ValueError(f"key: expected shape [2] (seed, first sample), given {describe(value)}")
     if value.device != mu.device:
         raise ValueError(f"key: expected to be on {mu.device} as the parameters are, given {describe(value)}")
+
+
+def estimator(value: str, row_offset: int, column_offset: int) -> None:
+    choice("estimator", value, ESTIMATORS)
+    for name, offset in (("row_offset", row_offset), ("column_offset", column_offset)):
+        if value != "weight" and offset != 0:
+            raise ValueError(f"{name}: expected 0 with estimator={value!r}, whose noise belongs to outputs, given {describe(offset)}")
 
 
 def check_parameters(model: torch.nn.Module) -> None:

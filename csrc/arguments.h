@@ -16,6 +16,7 @@ constexpr int64_t kCounterWord = int64_t(1) << 32;  // values of one word of the
 // Each number's meaning is in posterior.h and divergence.h; places: see ops.cpp.
 struct Options {
   int64_t scale, places, divergence = kAnalytic, samples = 1, stream = 0, row_offset = 0, column_offset = 0;
+  int64_t estimator = kWeight;
 };
 
 // A posterior with the contiguous tensors that its pointers look into.
@@ -25,13 +26,20 @@ struct PosteriorTensors {
   Posterior view;
 };
 
-inline Options options_of(const Integers& given) {
-  STD_TORCH_CHECK(given.size() == 7, "options has ", given.size(),
-                  " numbers, expected 7: scale, prior's places, kl, n_samples, stream, row_offset, column_offset");
+// estimated: whether the estimator is among them.
+inline Options options_of(const Integers& given, bool estimated = false) {
+  STD_TORCH_CHECK(given.size() == (estimated ? 8 : 7), "options has ", given.size(), " numbers, expected ", estimated ? 8 : 7,
+                  ": scale, prior's places, kl, n_samples, stream, row_offset, column_offset", estimated ? ", estimator" : "");
   Options o{given[0], given[1], given[2], given[3], given[4], given[5], given[6]};
   STD_TORCH_CHECK(o.divergence >= 0 && o.divergence <= 2, "kl is ", o.divergence,
                   ", expected 0 (none), 1 (analytic) or 2 (sampled)");
   STD_TORCH_CHECK(o.samples >= 1 && o.samples <= kCounterWord, "n_samples is ", o.samples, ", expected 1 to 2^32");
+  if (!estimated) return o;
+  o.estimator = given[7];
+  STD_TORCH_CHECK(o.estimator == kLocal || o.estimator == kFlipout, "estimator is ", o.estimator,
+                  ", expected 1 (local) or 2 (flipout)");
+  STD_TORCH_CHECK(o.stream == 0 && o.row_offset == 0 && o.column_offset == 0, "stream, row_offset and column_offset are ", o.stream,
+                  ", ", o.row_offset, " and ", o.column_offset, ", expected 0 with this estimator");
   return o;
 }
 
@@ -96,8 +104,9 @@ struct Lists {
                         options.column_offset <= 4 * kCounterWord - columns,
                     "mu with its offsets has more rows or columns than the noise counter: 2^32 and 2^34");
     if (key) {
-      STD_TORCH_CHECK(key->scalar_type() == ScalarType::Long && key->dim() == 1 && key->size(0) == 2,
-                      "key has shape ", describe(shape_of(*key)), ", expected an int64 tensor of shape [2]: (seed, first_sample)");
+      STD_TORCH_CHECK(key->scalar_type() == ScalarType::Long && key->dim() == 1 && (key->size(0) == 2 || key->size(0) == 3),
+                      "key has shape ", describe(shape_of(*key)),
+                      ", expected an int64 tensor of shape [2]: (seed, first_sample), or [3] with the first row of x behind");
       STD_TORCH_CHECK(on_device_of(*key, mu), "key and mu are on different devices");
       check_storage(*key, "key");
     }

@@ -3,7 +3,8 @@
 // unpacked by arguments.h:
 //
 //   posterior  mu, rho; of a layer weight_mu, weight_rho, and bias_mu, bias_rho where it has a bias
-//   key        int64 [2] = (seed, first sample), on the tensors' device
+//   key        int64 [2] = (seed, first sample), on the tensors' device; or [3], the third the row of a whole batch that the
+//              input begins at, which the noise of "local" and "flipout" is counted by and nothing else reads
 //   numbers    for each mu and rho loc and scale of the prior N(loc, scale^2)
 //   prior      those of loc and scale that are tensors, of mu's shape, instead
 //   options    scale   0 softplus, 1 exp, 2 sqrt_exp, 3 square, 4 identity (posterior.h)
@@ -12,6 +13,8 @@
 //                kl   0 none, 1 analytic, 2 sampled (divergence.h)
 //                n_samples
 //                stream, row_offset, column_offset of the noise; a layer's bias has the stream behind its weight's
+//              of an estimated layer, at the end
+//                estimator  1 local, 2 flipout (problem.h)
 //              of the KL without a draw
 //                reduce  1 for the sum, 0 for every element
 //   grads      of the results in their order, None for one that nobody uses
@@ -44,6 +47,14 @@ BNN_FAST_DEFINE(BNN_FAST_LIBRARY, m) {
   m.def(
       "_noisy_linear_backward(Tensor?[] grads, Tensor? x, Tensor[] posterior, Tensor key, Tensor[] prior, "
       "float[] numbers, int[] options, bool need_grad_x) -> Tensor[]");
+  // The layer by an estimator that draws less than weights (cpu/estimators.h). `kept` goes from forward to backward: eps / sqrt(v)
+  // of "local", [x's rows, out] in the type computed in, and nothing of "flipout".
+  m.def(
+      "_estimated_linear(Tensor x, Tensor[] posterior, Tensor key, Tensor[] prior, float[] numbers, int[] options) -> "
+      "(Tensor y, Tensor kl_sum, Tensor kept)");
+  m.def(
+      "_estimated_linear_backward(Tensor?[] grads, Tensor? x, Tensor[] posterior, Tensor key, Tensor[] prior, "
+      "float[] numbers, int[] options, bool need_grad_x, Tensor? kept) -> Tensor[]");
   // 0 small (the CPU's narrow.h, CUDA's small_linear*), 1 fused, 2 drawn (layer.h)
   m.def("_linear_regime(Tensor x, Tensor weight_mu, int n_samples) -> int");
 }

@@ -108,4 +108,12 @@ template <int scale, class F> BNN_FN LogSigma<F> split_log(F rho, const Spread<F
   }
 }
 
+// sigma^2, the largest number where it overflows: times an input of 0 that is 0.
+template <class F> BNN_FN F variance(F sigma) {
+  using Scalar = typename Lane<F>::Scalar;
+  F most = splat<F>(static_cast<Scalar>(sizeof(Scalar) == 4 ? 1.84467429e19 : 1.3407807929942e154));
+  F s = select(sigma > most, most, sigma);
+  return s * s;
+}
+
 BNN_FAST_END

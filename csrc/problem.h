@@ -74,6 +74,10 @@ struct KlGradient {
   bool elementwise;
 };
 
+// What a variational linear layer draws (estimators: cpu/estimators.h): its weights, its outputs, or perturbations of the means
+// with signs of their own for every example.
+enum Estimator : int { kWeight = 0, kLocal = 1, kFlipout = 2 };
+
 struct SampleForward {
   Posterior posterior;
   int divergence;     // enum Divergence
@@ -81,6 +85,7 @@ struct SampleForward {
   void* weight;       // [samples, rows, columns], or null
   Type weight_type;
   double* kl;         // [tasks]: each task's part of the sum over elements and samples; null without a divergence
+  int estimator = kWeight;  // weight holds w = mu + sigma eps, or of local sigma^2 [rows, columns], or of flipout sigma eps
 };
 
 struct KlElements {
@@ -97,6 +102,9 @@ struct SampleBackward {
   KlGradient grad_kl;
   void* grad_mu;   // [rows, columns], the posterior's type
   void* grad_rho;  // [rows, columns]
+  int estimator = kWeight;
+  const void* grad_second = nullptr;  // beside grad_weight, which is then that of mu [rows, columns] (estimators.h), alike in type:
+                                      // of local [rows, columns], of flipout [samples, rows, columns]
 };
 
 // Activations from the caller's layout to the kernels': [vectors][batch][lanes], where vector v holds the columns
@@ -131,6 +139,46 @@ struct LinearBackward {
   KlGradient grad_kl;
   void* grad_mu;
   void* grad_rho;
+};
+
+// The small-batch layer by an estimator: two products at once (cpu/estimators.h).
+struct EstimatedForward {
+  Posterior weight;
+  int divergence, estimator;
+  int64_t samples, batch;  // batch: activations' rows of one sample; of local, which does not tell samples apart, all of them
+  const void* x;       // packed
+  const void* second;  // packed: what meets sigma^2 or sigma eps
+  void* first_sum;     // [activations' rows, rows] in the type computed in
+  void* second_sum;    // [activations' rows, rows]
+  double* kl;          // [tasks] or null
+  int64_t activations() const { return estimator == kLocal ? batch : samples * batch; }
+};
+
+struct EstimatedBackward {
+  Posterior weight;
+  int divergence, estimator;
+  int64_t samples, batch;   // as above
+  Type type;                // of all activations here, that which is computed in
+  const void* x;            // [activations' rows, columns]
+  const void* second;       // [activations' rows, columns]
+  const void* factor;       // [activations' rows, columns]
+  const void* grad;         // [activations' rows, rows]
+  const void* grad_second;  // [activations' rows, rows]
+  void* grad_x;             // [activations' rows, columns] or null
+  KlGradient grad_kl;
+  void* grad_mu;
+  void* grad_rho;
+  int64_t activations() const { return estimator == kLocal ? batch : samples * batch; }
+};
+
+// The outputs of "local", y = m + sqrt(v) eps, and kept = eps / sqrt(v), 0 where v is.
+struct LocalOutputs {
+  Posterior posterior;  // of one sample: rows are examples, mu points at m, rho at v, both [samples, rows, columns]
+  int64_t samples;
+  bool shared;          // m and v are the same for all samples, [rows, columns]
+  void* y;              // [samples, rows, columns]
+  Type y_type;
+  void* kept;           // the posterior's type
 };
 
 // Layers of at most kNarrow inputs and outputs, in float32 (cpu/narrow.h).

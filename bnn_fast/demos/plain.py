@@ -35,6 +35,19 @@ class PlainLinear(nn.Module):
         return w, (0.5 * (w.square() - eps.square()) - sigma.log()).sum()
 
 
+class LocalLinear(PlainLinear):
+    """The same by local reparameterization: the outputs are drawn. (In float16 its squares overflow, and where its variance is 0 its
+    gradients are NaN.)"""
+
+    def forward(self, x: Tensor) -> Tensor:
+        sigma, of_bias = F.softplus(self.weight_rho), F.softplus(self.bias_rho)
+        mean = F.linear(x, self.weight_mu, self.bias_mu)
+        variance = F.linear(x.square(), sigma.square(), of_bias.square())
+        self.kl = sum((0.5 * (s.square() + mu.square()) - s.log() - 0.5).sum()
+                      for mu, s in ((self.weight_mu, sigma), (self.bias_mu, of_bias)))
+        return mean + variance.sqrt() * torch.randn_like(mean)
+
+
 class ReferenceLinear(PlainLinear):
     """The same with bnn_fast.reference: the very noise of the fused operators, made of integer tensors."""
 

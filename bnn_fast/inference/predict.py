@@ -30,7 +30,7 @@ _HALVES = (torch.bfloat16, torch.float16)
 @torch.no_grad()
 def predict(model: nn.Module, x: Tensor, likelihood: nn.Module | None = None, n_samples: int = 100,
             seed: int | None = None, batch_size: int | None = None,
-            progress: bool | None = False, *, mean: bool = False, vectorized: bool = True) -> Prediction:
+            progress: bool | None = False, *, mean: bool = False, vectorized: bool = True, joint: bool = False) -> Prediction:
     """The predictive distribution of `model` at x, from n_samples posterior draws.
 
     Args:
@@ -53,6 +53,9 @@ def predict(model: nn.Module, x: Tensor, likelihood: nn.Module | None = None, n_
         vectorized: False makes one call a draw, for models whose dimension 0 is not a batch of independent rows (the nodes
             of a graph, time first): several draws cannot be stacked there. All rows of x then go through in one call, unless
             batch_size is given, and dimension 0 of the outputs may be anything.
+        joint: True draws weights, whatever the layers' estimator: then draw s is one network for all rows (sample paths, Thompson
+            sampling). Otherwise a layer with the estimator "local" or "flipout" gives each row its own distribution, and says
+            nothing of several rows together.
 
     Returns a `Prediction`; with a likelihood a `GaussianPrediction` or a `ClassPrediction`. Mean and variance
     are summed up as the draws come, in float64 and for any S. The draws themselves, which quantiles need, are
@@ -64,7 +67,7 @@ def predict(model: nn.Module, x: Tensor, likelihood: nn.Module | None = None, n_
     """
     checks.module("model", model)
     checks.batch("x", x)
-    checks.flags(mean=mean, vectorized=vectorized)
+    checks.flags(mean=mean, vectorized=vectorized, joint=joint)
     n_samples = checks.positive_int("n_samples", n_samples)
     if n_samples > 1:
         checks.any_layers(model, named_layers(model), "its draws are all the same", stacklevel=4)
@@ -72,7 +75,7 @@ def predict(model: nn.Module, x: Tensor, likelihood: nn.Module | None = None, n_
     n_rows, n_draws = _chunk(model, x, batch_size, vectorized)
     whole_calls = vectorized and _compiled(model)
     kept, pieces, first_row = None, [], 0
-    with evaluation(model), Draws(model, n_samples, seed, mean, frozen=True) as draws:
+    with evaluation(model), Draws(model, n_samples, seed, mean, frozen=True, joint=joint) as draws:
         n_calls = 1 if draws.one else n_samples
         if whole_calls:
             n_draws = max(n for n in _DRAWS_COMPILED if n <= max(1, min(n_draws, n_calls)))
@@ -80,8 +83,9 @@ def predict(model: nn.Module, x: Tensor, likelihood: nn.Module | None = None, n_
             for rows in x.split(n_rows):
                 moments = Moments()
                 split = n_rows < len(x)
+                place = (first_row, len(rows)) if split else None
                 for first, block in _blocks(model, rows, draws, n_calls, n_draws if vectorized else None, bar, not pieces,
-                                            whole_calls, split):
+                                            whole_calls, place):
                     if not pieces and not first:
                         kept = _room(block, n_calls, len(x) if split else block.shape[1])
                     moments.add(*kind.terms(block, likelihood))
@@ -97,22 +101,22 @@ def predict(model: nn.Module, x: Tensor, likelihood: nn.Module | None = None, n_
 
 
 def _blocks(model: nn.Module, rows: Tensor, draws: Draws, n_samples: int, n_draws: int | None, bar, checking: bool,
-            whole: bool, split: bool):
+            whole: bool, place: tuple[int, int] | None):
     """(first draw, outputs [n, b, ...] of this and the following draws) for the given rows; n_draws of them in one call
     (in the last one too, if `whole`, where those beyond n_samples are dropped), or each in a call of its own (None).
-    split: whether the rows are not all of them."""
+    place: of rows that are not all of them, the first and how many."""
     first, pending, size = 0, [], 0
     for s in range(0, n_samples, n_draws or 1):
         count = min(n_draws or 1, n_samples - s)
         together = n_draws if whole else count
-        draws.move(s, together)
-        y = single(model, rows, draws, s)[None] if n_draws is None else repeated(model, rows, together)[:count]
-        if n_draws is None and (y.dim() < 2 or (split and y.shape[1] != len(rows))):
-            raise ValueError(f"model: expected outputs with {len(rows) if split else 'any number of'} rows in dimension 0, "
+        draws.move(s, together, place)
+        y = single(model, rows, draws, s, place)[None] if n_draws is None else repeated(model, rows, together)[:count]
+        if n_draws is None and (y.dim() < 2 or (place and y.shape[1] != len(rows))):
+            raise ValueError(f"model: expected outputs with {len(rows) if place else 'any number of'} rows in dimension 0, "
                              f"given {checks.describe(y[0])}")
         pending.append(_checked(y))
         if checking and s == 0 and count > 1 and draws.any and not whole:  # that would compile again
-            _check_rows_apart(model, rows, draws, y[-1], count)
+            _check_rows_apart(model, rows, draws, y[-1], count, place)
         bar.update(count * len(rows))
         size += pending[-1].numel()
         if size >= _BLOCK or s + count == n_samples:
@@ -120,7 +124,8 @@ def _blocks(model: nn.Module, rows: Tensor, draws: Draws, n_samples: int, n_draw
             first, pending, size = s + count, [], 0
 
 
-def _check_rows_apart(model: nn.Module, rows: Tensor, draws: Draws, among: Tensor, n_samples: int) -> None:
+def _check_rows_apart(model: nn.Module, rows: Tensor, draws: Draws, among: Tensor, n_samples: int,
+                      place: tuple[int, int] | None) -> None:
     """ValueError if the last draw of a call differs from the same draw in a call of its own by more than rounding."""
     low = among.dtype in _HALVES or torch.is_autocast_enabled(among.device.type) or any(
         p.dtype in _HALVES for p in model.parameters())
@@ -131,12 +136,12 @@ def _check_rows_apart(model: nn.Module, rows: Tensor, draws: Draws, among: Tenso
         size = torch.maximum(a.abs().mean(), b.abs().mean())
         return bool((a - b).abs().mean() > tolerance * size)
 
-    alone = single(model, rows, draws, n_samples - 1)
+    alone = single(model, rows, draws, n_samples - 1, place)
     if alone.shape == among.shape and not differ(among, alone):
         return
     # Nor need it be the same again: dropout that is always on, parameters that another thread trains.
-    again = single(model, rows, draws, n_samples - 1)
-    draws.move(0, n_samples)
+    again = single(model, rows, draws, n_samples - 1, place)
+    draws.move(0, n_samples, place)
     if not differ(alone, again) and not differ(among, repeated(model, rows, n_samples)[-1]):
         raise ValueError(
             "model: expected outputs whose rows do not depend on the other rows, as several draws are stacked along dimension "

@@ -37,7 +37,8 @@ class sampling:
     counting for the layers it covers. They hold for the thread, and the task of asyncio, that entered them (tasks started
     within take them along until they end) and have to be left in the reverse order: RuntimeError otherwise, as when two
     generators, which share the variables of whoever runs them, overlap. `mc_forward`, `ELBO`, `predict` and `draw` without
-    a seed take that of a context around them, or its means. Recomputation by activation checkpointing, which runs in the
+    a seed take that of a context around them, or its means. Layers with another estimator than "weight" draw weights where a draw
+    is pinned (a seed, pinned=True), as only those are a network, and what their estimator says elsewhere. Recomputation by activation checkpointing, which runs in the
     backward pass, draws as in the first pass; with use_reentrant=True, as in the layer's latest call before the backward
     pass.
     """
@@ -77,8 +78,11 @@ class sampling:
         owners = first_with_parameters(self.identities)
         own = {first: layers[first][1].device for first in owners}
         keys = _fresh(own) if self.seed is None else self._of_seed(own, [name for name, _ in layers])
-        modes = {first: Mode(self.n_samples, self.first_sample, key) for first, key in keys.items()}
+        modes = {first: self._pinned(key) for first, key in keys.items()}
         return [modes[first] for first in owners]
+
+    def _pinned(self, key: Tensor) -> Mode:
+        return Mode(self.n_samples, self.first_sample, key, weights=True)
 
     def _of_seed(self, devices: dict[int, torch.device], names: list[str]) -> dict[int, Tensor]:
         seeds, keys = layer_seeds(names, self.seed), {}
@@ -105,23 +109,29 @@ class Draws(sampling):
     """`sampling` for the draws of one call: those of the seed; without one, as an explicit context around says, and with
     `frozen` as `freeze` does; else fresh ones, pinned for as long as the context lasts.
 
+    Layers with another estimator use it, unless `joint`, where a context around does not pin their weights.
+
     `any`: whether there are layers that are drawn; `one`: whether there are layers, and all have but one network for
     all draws.
     """
 
-    def __init__(self, model: nn.Module, n_samples: int, seed: int | None, mean: bool = False, frozen: bool = False):
+    def __init__(self, model: nn.Module, n_samples: int, seed: int | None, mean: bool = False, frozen: bool = False,
+                 joint: bool = False):
         if mean:
             super().__init__(model, seed=seed, mean=True)
         else:  # what callers have checked is not checked again: of a small network's step it would be seen
             self.model, self.n_samples, self.seed = model, n_samples, checked_seed(seed)
             self.first_sample, self.mean, self.pinned = 0, False, True
             self._entries = []
-        self._frozen = frozen
+        self._frozen, self._joint = frozen, joint
+
+    def _pinned(self, key: Tensor) -> Mode:
+        return Mode(self.n_samples, self.first_sample, key, weights=self._joint, calls=[])
 
     def __enter__(self):
         steps = ordinary()
         if steps is None or self.seed is not None or self.mean or self._frozen or stack() or (
-                pinned := steps.pinned(self.model, self.n_samples)) is None:
+                pinned := steps.pinned(self.model, self._pinned)) is None:
             return super().__enter__()
         layers, modes = pinned
         self._first, self.any, self.one = list(modes.values()), bool(layers), False
@@ -155,14 +165,16 @@ class Draws(sampling):
                                  f"given {self.n_samples} from {mode.first_sample} on")
             return mode if mode.one else mode._replace(n_samples=self.n_samples)
         if self._frozen and not mode.explicit and layer.frozen_key is not None:
-            return Mode(key=layer.frozen_key, one=True)
+            return Mode(key=layer.frozen_key, one=True, weights=True)
         return None
 
-    def move(self, first_sample: int, n_samples: int) -> None:
-        """Go on to other draws."""
+    def move(self, first_sample: int, n_samples: int, place: tuple[int, int] | None = None) -> None:
+        """Go on to other draws; place: for a part of the rows, the first and how many they are."""
         repeatable = torch.is_grad_enabled()
-        modes = []
+        modes, calls = [], {}
         for mode in self._first:
+            if mode.calls is not None:  # layers that share a key share them
+                mode = mode._replace(calls=calls.setdefault(id(mode.calls), []), place=place)
             if not mode.one:
                 first = mode.first_sample + first_sample
                 key = mode.key.clone()  # earlier draws' backward passes read theirs
@@ -177,7 +189,7 @@ def mc_forward(model: nn.Module, x: Tensor, n_samples: int, seed: int | None = N
     """n_samples posterior draws of the outputs: x [B, ...] -> [n_samples, B, ...].
 
     The weights are those of `sampling(model, n_samples, seed)`; without a seed those of a context around, or a fresh seed
-    holds for the call. All draws are made in one call of `model`, on x repeated along dimension 0, which has to be the
+    holds for the call. Layers with another estimator than "weight" use it. All draws are made in one call of `model`, on x repeated along dimension 0, which has to be the
     batch in every module of it; ValueError if the output has another size there.
 
     vectorized: False makes one call a draw, on x itself, for models whose dimension 0 is something else (time, the nodes
@@ -204,9 +216,9 @@ def repeated(model: nn.Module, x: Tensor, n_samples: int) -> Tensor:
     return y.reshape(n_samples, rows, *y.shape[1:])
 
 
-def single(model: nn.Module, x: Tensor, draws: Draws, s: int) -> Tensor:
+def single(model: nn.Module, x: Tensor, draws: Draws, s: int, place: tuple[int, int] | None = None) -> Tensor:
     """model on x under draw s alone."""
-    draws.move(s, 1)
+    draws.move(s, 1, place)
     y = model(x)
     if not isinstance(y, Tensor):
         raise TypeError(f"model: expected a tensor as output, given {checks.describe(y)}")
@@ -246,7 +258,7 @@ def freeze(model: nn.Module) -> None:
     with torch.inference_mode(False):  # the key is to serve in training, too
         for (_, layer), first in zip(layers, first_with_parameters([layer.identities() for _, layer in layers])):
             key = layers[first][1]._state.key
-            layer.frozen_key = fresh_keys(1, layer.device)[0] if key is None else key.to(layer.device, copy=True)
+            layer.frozen_key = fresh_keys(1, layer.device)[0] if key is None else key[:2].to(layer.device, copy=True)
 
 
 def unfreeze(model: nn.Module) -> None:

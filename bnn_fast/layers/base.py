@@ -127,7 +127,7 @@ class VariationalLayer(Posterior):
         if transformed:
             return operator.apply(*x, *arguments)
         if not torch.is_grad_enabled():
-            return operator.forward(*x, *arguments)
+            return operator.forward(*x, *arguments)[:2]  # what is kept for a gradient is of no use
         if _tracing() is not None:
             raise RuntimeError("torch.jit.trace would lose the gradients of drawn weights: trace under "
                                "torch.no_grad(), or trace bnn_fast.draw(model, seed), an ordinary module")

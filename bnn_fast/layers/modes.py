@@ -15,6 +15,9 @@ from torch import Tensor
 class Mode(NamedTuple):
     """How a layer draws. key: pinned, or None for a new one at every call; explicit: set by `sampling`; one: one network
     for all draws of a call; repeatable: whether a backward pass may have to repeat the call.
+
+    What layers with another estimator than "weight" look at: weights: whether to draw weights all the same, as of one network;
+    calls: the calls made under the key so far; place: of a part of a batch, its first row and how many rows it has.
     """
     n_samples: int = 1
     first_sample: int = 0
@@ -23,6 +26,9 @@ class Mode(NamedTuple):
     explicit: bool = True
     one: bool = False
     repeatable: bool = True
+    weights: bool = False
+    calls: list | None = None
+    place: tuple[int, int] | None = None
 
 
 ORDINARY = Mode(explicit=False)

@@ -8,11 +8,11 @@ import torch
 from .. import checks
 from ..operators import autograd, raw
 from .base import VariationalLayer
-from .modes import ORDINARY, Mode, sampling_stack
+from .modes import ORDINARY, sampling_stack
 from .state import Record
 
 _steps = None if autograd.nodes is None else autograd.nodes.Ordinary(
-    autograd.LINEAR.node, sampling_stack, raw.in_plain, Mode, ORDINARY, Record, VariationalLayer, checks.SCALES, checks.KLS)
+    autograd.LINEAR.node, sampling_stack, raw.in_plain, ORDINARY, Record, VariationalLayer, checks.SCALES, checks.KLS)
 
 
 def ordinary():

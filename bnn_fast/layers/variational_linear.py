@@ -10,6 +10,7 @@ from ..operators import arguments as packing
 from ..operators import autograd, functional, raw
 from ..priors import Normal
 from .base import VariationalLayer
+from .modes import Mode
 from .ordinary import ordinary
 
 
@@ -30,21 +31,29 @@ class VariationalLinear(VariationalLayer):
         kl: "analytic", or "sampled": log q(w) - log p(w) at the drawn weights.
         init: a named initialisation, see `bnn_fast.initialisation`.
         init_sigma: the standard deviation that every weight begins with, in place of that of `init`.
+        estimator: how outputs become random: "weight" draws weights, "local" each output of each example by itself, "flipout"
+            weights that each example sees with signs of its own; see `bnn_fast.functional.variational_linear`. Where one network
+            is asked for (`sampling` with a seed or pinned=True, `freeze`, `draw`, `predict(joint=True)`) weights are drawn,
+            whatever it is.
 
     Shapes: x [..., in] -> y [..., out]. Parameters weight_mu, weight_rho [out, in], bias_mu, bias_rho [out]
     or None. Under autocast x and y have the autocast dtype; the parameters and the KL keep theirs.
 
     Raises ValueError or TypeError where an option is unknown, a prior's tensor or x has the wrong shape,
     dtype or device, or, under `sampling`, the batch is not divisible by n_samples. RuntimeError under torch.jit.trace with
-    gradients on.
+    gradients on, and where a layer whose estimator is not "weight", or one that shares its parameters, is called twice in one
+    `ELBO`, `mc_forward` or `predict`: both calls would have the same noise.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, *,
                  prior: Normal = Normal(0.0, 1.0), bias_prior: Normal | None = None, scale: str = "softplus",
-                 kl: str = "analytic", init: str = "default", init_sigma: float | None = None, device=None, dtype=None):
+                 kl: str = "analytic", init: str = "default", init_sigma: float | None = None, estimator: str = "weight",
+                 device=None, dtype=None):
         super().__init__(prior=prior, bias_prior=bias_prior, scale=scale, kl=kl, init=init, init_sigma=init_sigma, device=device,
                          dtype=dtype)
         checks.flags(bias=bias)
+        checks.choice("estimator", estimator, checks.ESTIMATORS)
+        self.estimator = estimator
         self.in_features = in_features = checks.integer("in_features", in_features, 0)
         self.out_features = out_features = checks.integer("out_features", out_features, 0)
         self.add_posterior("weight", (out_features, in_features))
@@ -63,20 +72,41 @@ class VariationalLinear(VariationalLayer):
         checks.linear_input(x, weight_mu, mode.n_samples)
         if mode.mean:  # in x's type, as the drawn weights are rounded to it
             return self.compute({"weight": weight_mu, "bias": bias_mu}, x)
-        key = self._key(mode, weight_mu.device)
+        key, estimator = self._key(mode, weight_mu.device), "weight"
+        if self.estimator != "weight" and not self._one_network(mode):
+            key, estimator = self._noise_of(mode, key, x, recomputed), self.estimator
         with_kl = torch.is_grad_enabled() and not recomputed and not functorch
-        if not raw.compiled_for(weight_mu.device):
+        if not (raw.compiled_for if estimator == "weight" else raw.estimates_on)(weight_mu.device):
             y, kl = functional.plain_linear(x, *parameters, key, prior=self.prior, bias_prior=self.bias_prior,
-                                            scale=self.scale, kl=None, n_samples=mode.n_samples)
+                                            scale=self.scale, kl=None, n_samples=mode.n_samples, estimator=estimator)
         else:
             there = 2 if bias_mu is None else 4
             prior = packing.pack_prior(self.priors()[:there] if self.prior_tensors else (), self._numbers[:there])
             arguments = packing.to_draw(list(parameters[:there]), key, prior, self.scale, self.kl if with_kl else None,
-                                        mode.n_samples)
-            y, kl = self._run(autograd.LINEAR, (x,), arguments, compiling or functorch)
+                                        mode.n_samples, estimator=estimator)
+            operator = autograd.LINEAR if estimator == "weight" else autograd.ESTIMATED
+            y, kl = self._run(operator, (x,), arguments, compiling or functorch)
         if not recomputed and not functorch:  # under torch.func the tensors are the transform's
             self._remember(self._registered(parameters), key, mode.n_samples, None if kl is None else (kl,), compiling)
         return y
+
+    def _one_network(self, mode: Mode) -> bool:
+        """Whether weights are to be drawn, whatever the estimator."""
+        return mode.weights or (mode.key is None and not mode.explicit and self._buffers["frozen_key"] is not None)
+
+    def _noise_of(self, mode: Mode, key: Tensor, x: Tensor, recomputed: bool) -> Tensor:
+        """The key for these examples, which may be a part of a batch."""
+        if mode.calls is not None and not recomputed:
+            if mode.calls:
+                raise RuntimeError(
+                    f"a layer with estimator={self.estimator!r} is called again under one key, or one that shares its parameters is: "
+                    'both calls would have the same noise. Use estimator="weight" for tied and recurrent layers, or predict(joint=True)')
+            mode.calls.append(True)
+        if mode.place is None or x.dim() < 2:
+            return key
+        first_row, rows = mode.place
+        times, rest = divmod(x.shape[0], rows * mode.n_samples)  # several of dimension 0 here may be one row of the model's input
+        return key if rest else torch.cat([key, torch.full_like(key[:1], first_row * times)])
 
     def tensors(self) -> tuple:
         parameters = self._parameters  # a look-up through nn.Module costs several times as much
@@ -98,4 +128,4 @@ class VariationalLinear(VariationalLayer):
 
     def extra_repr(self) -> str:
         return (f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias_mu is not None}, "
-                f"{super().extra_repr()}")
+                f"{super().extra_repr()}" + (f", estimator={self.estimator!r}" if self.estimator != "weight" else ""))

@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import checks
 from ..priors import Normal
 
-KL, N_SAMPLES = 2, 3  # where they are among the options of what draws
+KL, N_SAMPLES, ESTIMATOR = 2, 3, 7  # where they are among the options of what draws
 REDUCE = 2            # and among those of the KL without a draw
 PAIR = ("mu", "rho")  # names of the posterior's tensors, as errors call them
 LAYER = ("weight_mu", "weight_rho", "bias_mu", "bias_rho")
@@ -39,10 +39,11 @@ def pack_priors(*priors: Normal) -> Prior:
 
 
 def to_draw(posterior: list[Tensor], key: Tensor, prior: Prior, scale: str, kl: str | None, n_samples: int, stream: int = 0,
-            row_offset: int = 0, column_offset: int = 0) -> tuple:
-    """The arguments, behind x, of what draws."""
+            row_offset: int = 0, column_offset: int = 0, estimator: str = "weight") -> tuple:
+    """The arguments, behind x, of what draws: by another estimator than "weight", those of its operator."""
     return (posterior, key, prior.tensors, prior.numbers,
-            [checks.SCALES[scale], prior.places, checks.KLS[kl], n_samples, stream, row_offset, column_offset])
+            [checks.SCALES[scale], prior.places, checks.KLS[kl], n_samples, stream, row_offset, column_offset]
+            + ([] if estimator == "weight" else [checks.ESTIMATORS[estimator]]))
 
 
 def to_compare(posterior: list[Tensor], prior: Prior, scale: str, reduce: bool) -> tuple:

@@ -38,13 +38,13 @@ class Operator:
 
     Its arguments are as arguments.py has them; x and the posterior's tensors have a gradient. `backward` takes (gradients of
     the results, *arguments) and, where there is an x, whether it needs a gradient. `draws`: its results are (y, kl), or else
-    the KL alone.
+    the KL alone. `keeps`: they are (y, kl, kept), and backward takes the last behind all else.
     """
 
-    def __init__(self, forward, backward, names: tuple[str, ...], has_x: bool, draws: bool):
+    def __init__(self, forward, backward, names: tuple[str, ...], has_x: bool, draws: bool, keeps: bool = False):
         self.forward = forward
         self.backward = backward
-        self.has_x = has_x
+        self.has_x, self.keeps = has_x, keeps
         self.traced, self.transformable = _transformable(self)
         if nodes is not None:
             self.node = nodes.Operator(forward.name(), backward.name(), names, has_x, draws)
@@ -55,7 +55,11 @@ class Operator:
         return 1 + sizes[1] if self.has_x else sizes[0]
 
     def apply(self, *arguments):
-        """The operator as one function."""
+        """The operator as one function, without what it keeps."""
+        results = self._apply(arguments)
+        return results[:2] if self.keeps else results
+
+    def _apply(self, arguments: tuple):
         form, tensors = packing.spread(arguments)
         if not torch.compiler.is_compiling():
             return self.transformable.apply(form, *tensors)
@@ -67,15 +71,16 @@ class Operator:
 
 def _transformable(operator: Operator) -> tuple[type, type]:
     """The forward as a function with setup_context and vmap: for torch.compile, and for all else."""
-    has_x = operator.has_x
+    has_x, keeps = operator.has_x, operator.keeps
     run_forward, run_backward = operator.forward, operator.backward
 
     class Backward(torch.autograd.Function):
-        """Of (form, whether x needs a gradient, *tensors), those of the results' gradients first."""
+        """Of (form, whether x needs a gradient, *tensors), those of the results' gradients first, what is kept last."""
 
         @staticmethod
         def forward(form, need_x, *tensors):
-            return tuple(run_backward(*packing.gather(form, tensors), *need_x))
+            end = len(tensors) - keeps
+            return tuple(run_backward(*packing.gather(form, tensors), *need_x, *tensors[end:]))
 
         @staticmethod
         def setup_context(ctx, inputs, output):
@@ -98,11 +103,14 @@ def _transformable(operator: Operator) -> tuple[type, type]:
         def setup_context(ctx, inputs, output):
             ctx.set_materialize_grads(False)
             ctx.form = inputs[0]
-            ctx.save_for_backward(*inputs[1:])
+            ctx.save_for_backward(*inputs[1:], *output[2:] if keeps else ())
+            if keeps:
+                ctx.mark_non_differentiable(output[2])
 
         @staticmethod
         def backward(ctx, *grads):
             tensors, (sizes, *rest) = ctx.saved_tensors, ctx.form
+            grads = grads[:2]
             form = ((len(grads), *sizes), *rest)
             need_x = (ctx.needs_input_grad[1],) if has_x else ()
             # torch.compile's own backward raises when differentiated, and traces no function in a function
@@ -112,11 +120,11 @@ def _transformable(operator: Operator) -> tuple[type, type]:
             if has_x and grads[0] is None:
                 wanted[0] = False
             return (None, *(g if want else None for g, want in zip(result, wanted)),
-                    *(None,) * (len(tensors) - len(result)))
+                    *(None,) * (len(tensors) - keeps - len(result)))
 
         @staticmethod
         def vmap(info, in_dims, form, *tensors):
-            if has_x and in_dims[1] is not None and all(d is None for d in in_dims[2:]):
+            if has_x and not keeps and in_dims[1] is not None and all(d is None for d in in_dims[2:]):
                 return _folded(Forward, info.batch_size, in_dims[1], form, tensors)
             return _one_by_one(Forward, info.batch_size, in_dims[1:], (form,), tensors)
 
@@ -169,5 +177,6 @@ def read(calls: list) -> Tensor:
 if raw.HAS_EXTENSION:
     LINEAR = Operator(raw.variational_linear, raw.variational_linear_backward, packing.LAYER, has_x=True, draws=True)
     NOISY = Operator(raw.noisy_linear, raw.noisy_linear_backward, packing.NOISY, has_x=True, draws=True)
+    ESTIMATED = Operator(raw.estimated_linear, raw.estimated_linear_backward, packing.LAYER, has_x=True, draws=True, keeps=True)
     SAMPLE = Operator(raw.sample_normal, raw.sample_normal_backward, packing.PAIR, has_x=False, draws=True)
     KL = Operator(raw.kl_normal, raw.kl_normal_backward, packing.PAIR, has_x=False, draws=False)

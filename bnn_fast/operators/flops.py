@@ -18,3 +18,14 @@ def _linear_backward(grad_shapes, x_shape, shapes, *arguments, out_shape=None, *
     if grad_shapes[0] is None:
         return 0
     return (1 + bool(arguments[-1])) * _linear(x_shape, shapes)
+
+
+@register_flop_formula(torch.ops.bnn_fast._estimated_linear)
+def _estimated_linear(x_shape, shapes, *arguments, out_shape=None, **options) -> int:
+    return 2 * _linear(x_shape, shapes)
+
+
+@register_flop_formula(torch.ops.bnn_fast._estimated_linear_backward)
+def _estimated_linear_backward(grad_shapes, x_shape, shapes, *arguments, out_shape=None, **options) -> int:
+    *arguments, _ = arguments
+    return 2 * _linear_backward(grad_shapes, x_shape, shapes, *arguments)

@@ -22,11 +22,12 @@ def variational_linear(
         x: Tensor, weight_mu: Tensor, weight_rho: Tensor, bias_mu: Tensor | None, bias_rho: Tensor | None,
         key: Tensor, *, prior: Normal = Normal(0.0, 1.0), bias_prior: Normal | None = None,
         scale: str = "softplus", kl: str | None = "analytic", n_samples: int = 1, row_offset: int = 0,
-        column_offset: int = 0) -> tuple[Tensor, Tensor | None]:
+        column_offset: int = 0, estimator: str = "weight") -> tuple[Tensor, Tensor | None]:
     """x W^T + b with W ~ N(weight_mu, sigma(weight_rho)^2), b likewise, and the KL divergence to the prior.
 
     One draw of W and b is shared by the batch (Blundell et al., "Weight Uncertainty in Neural Networks",
-    2015).
+    2015), unless another estimator is asked for: of the same mean and variance for every example (dimension 0 of x), with less
+    in common between them.
 
     Args:
         x: [..., in]; with n_samples > 1 dimension 0 is the batch repeated, [n_samples * B, ..., in],
@@ -41,6 +42,12 @@ def variational_linear(
             -2/rho, infinite too; that of the draws is 2 rho eps and eps.
         kl: "analytic", "sampled" (log q(w) - log p(w), mean over the draws), or None, for no KL.
         row_offset, column_offset: where this weight begins in a larger one, for the noise.
+        estimator: "weight"; "local", which draws outputs, N(x weight_mu^T, x^2 (sigma^2)^T), instead (Kingma, Salimans,
+            Welling, "Variational dropout and the local reparameterization trick", 2015); or "flipout", x weight_mu^T +
+            ((x s) (sigma eps)^T) r with signs s and r of every example (Wen et al., "Flipout: efficient pseudo-independent
+            weight perturbations on mini-batches", 2018). They count their noise by the number of the example: a key [3] has
+            that of the first of x in a whole batch as its third number. A sampled KL is that of the weights that
+            estimator="weight" would draw. On CUDA they run in plain PyTorch.
 
     Returns:
         y [..., out] in x's dtype (the autocast dtype under autocast), and the KL or None.
@@ -49,6 +56,7 @@ def variational_linear(
     """
     checks.choice("scale", scale, checks.SCALES)
     checks.choice("kl", kl, checks.KLS)
+    checks.estimator(estimator, row_offset, column_offset)
     n_samples = checks.positive_int("n_samples", n_samples)
     prior, bias_prior = priors_of(prior, bias_prior, weight_mu, bias_mu)
     checks.parameter_pair("weight_", weight_mu, weight_rho, prior)
@@ -59,20 +67,20 @@ def variational_linear(
     n_samples, _, row_offset, column_offset = checks.noise_place(*weight_mu.shape, n_samples, 0, row_offset, column_offset)
     x = autocast(x)
     checks.linear_input(x, weight_mu, n_samples)
-    if not raw.compiled_for(x.device):
+    if not (raw.compiled_for if estimator == "weight" else raw.estimates_on)(x.device):
         return plain_linear(
             x, weight_mu, weight_rho, bias_mu, bias_rho, key, prior=prior, bias_prior=bias_prior, scale=scale,
-            kl=kl, n_samples=n_samples, row_offset=row_offset, column_offset=column_offset)
+            kl=kl, n_samples=n_samples, row_offset=row_offset, column_offset=column_offset, estimator=estimator)
     pairs = [(weight_mu, weight_rho, prior)] if bias_mu is None else [
         (weight_mu, weight_rho, prior), (bias_mu, bias_rho, bias_prior)]
     arguments = packing.to_draw([t for mu, rho, _ in pairs for t in (mu, rho)], key, packing.pack_priors(*(p for _, _, p in pairs)),
-                                scale, kl, n_samples, 0, row_offset, column_offset)
+                                scale, kl, n_samples, 0, row_offset, column_offset, estimator)
 
     def kl_apart():
         places = ((0, row_offset, column_offset), (1, 0, row_offset))
         return sum(_kl_apart(mu, rho, key, p, scale, kl, n_samples, place) for (mu, rho, p), place in zip(pairs, places))
 
-    return _differentiable(autograd.LINEAR, x, arguments, kl, kl_apart)
+    return _differentiable(autograd.LINEAR if estimator == "weight" else autograd.ESTIMATED, x, arguments, kl, kl_apart)
 
 
 def noisy_linear(x: Tensor, weight_mu: Tensor, weight_sigma: Tensor, bias_mu: Tensor | None, bias_sigma: Tensor | None, key: Tensor, *,

@@ -62,6 +62,29 @@ def standard_normal_of(
     return normals[..., skip : skip + columns]
 
 
+def random_signs(key: Tensor, samples: int, rows: int, columns: int, *, stream: int, row_offset: int | Tensor = 0,
+                 dtype: torch.dtype = torch.float32) -> Tensor:
+    """Signs [samples, rows, columns], 1 or -1, each from a bit: counter (column / 128, row, sample, stream) has those of 128
+    columns in its four words, the lowest bit first; a set bit is -1.
+    """
+
+    def count(n):
+        return torch.arange(n, dtype=torch.int64, device=key.device)
+
+    words = philox4x32(
+        (count((columns + 127) // 128), ((row_offset + count(rows)) & _WORD).unsqueeze(-1),
+         ((key[1] + count(samples)) & _WORD).view(-1, 1, 1), torch.full((), stream, dtype=torch.int64, device=key.device)),
+        (key[0] & _WORD, (key[0] >> 32) & _WORD),
+    )
+    bits = (torch.stack(words, dim=-1).unsqueeze(-1) >> count(32)) & 1
+    return (1 - 2 * bits).flatten(-3)[..., :columns].to(dtype)
+
+
+def first_row(key: Tensor) -> int | Tensor:
+    """The row of a whole batch that the input begins at, which a key of three numbers says."""
+    return key[2] if len(key) == 3 else 0
+
+
 def philox4x32(counter, key, rounds: int = 10):
     """Philox4x32 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
 

@@ -50,6 +50,11 @@ def compiled_for(device: torch.device) -> bool:
     return HAS_EXTENSION and device.type in ("cpu", "meta")
 
 
+def estimates_on(device: torch.device) -> bool:
+    """The same of the estimators "local" and "flipout", whose operators have no CUDA kernels: there the plain twin runs."""
+    return device.type != "cuda" and compiled_for(device)
+
+
 @functools.cache
 def _has_cuda_kernels() -> bool:
     built = bool(build_info()["cuda_architectures"])
@@ -70,6 +75,9 @@ if HAS_EXTENSION:
     variational_linear_backward = torch.ops.bnn_fast._variational_linear_backward.default
     noisy_linear = torch.ops.bnn_fast._noisy_linear.default
     noisy_linear_backward = torch.ops.bnn_fast._noisy_linear_backward.default
+
+    estimated_linear = torch.ops.bnn_fast._estimated_linear.default
+    estimated_linear_backward = torch.ops.bnn_fast._estimated_linear_backward.default
 
     def _together(names, posterior, prior, **others):
         """For plain meta tensors as for those of a trace: one that has no data among others that have some would have the
@@ -123,6 +131,18 @@ if HAS_EXTENSION:
     @torch.library.register_fake("bnn_fast::_variational_linear_backward")
     def _(grads, x, posterior, key, prior, numbers, options, need_grad_x):
         weight_mu = _together(arguments.LAYER, posterior, prior, x=x, key=key, grad_y=grads[0], grad_kl=grads[1])
+        need_grad_x = need_grad_x and grads[0] is not None
+        return [x.new_empty(x.shape) if need_grad_x else weight_mu.new_empty((0,)), *_like(posterior)]
+
+    @torch.library.register_fake("bnn_fast::_estimated_linear")
+    def _(x, posterior, key, prior, numbers, options):
+        weight_mu = _together(arguments.LAYER, posterior, prior, x=x, key=key)
+        shape, local = (*x.shape[:-1], weight_mu.shape[0]), options[arguments.ESTIMATOR] == checks.ESTIMATORS["local"]
+        return x.new_empty(shape), _scalar(weight_mu), x.new_empty(shape if local else (0,), dtype=_scalar(x).dtype)
+
+    @torch.library.register_fake("bnn_fast::_estimated_linear_backward")
+    def _(grads, x, posterior, key, prior, numbers, options, need_grad_x, kept):
+        weight_mu = _together(arguments.LAYER, posterior, prior, x=x, key=key, grad_y=grads[0], grad_kl=grads[1], kept=kept)
         need_grad_x = need_grad_x and grads[0] is not None
         return [x.new_empty(x.shape) if need_grad_x else weight_mu.new_empty((0,)), *_like(posterior)]
 else:

@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import checks
 from ..priors import Normal
 from ..priors.scales import log_sigma_of, sigma_of
-from .noise import standard_normal, standard_normal_of
+from .noise import first_row, random_signs, standard_normal, standard_normal_of
 
 __all__ = ["variational_linear", "noisy_linear", "sample_normal", "kl_normal"]
 
@@ -24,13 +24,18 @@ NOISY_STREAM = 5  # of the inputs' noise; the outputs' is the next
 
 def variational_linear(x, weight_mu, weight_rho, bias_mu, bias_rho, key, *, prior=Normal(0.0, 1.0),
                        bias_prior=None, scale="softplus", kl="analytic", n_samples=1, row_offset=0,
-                       column_offset=0):
+                       column_offset=0, estimator="weight"):
     """See `bnn_fast.functional.variational_linear`."""
     checks.positive_int("n_samples", n_samples)
+    checks.estimator(estimator, row_offset, column_offset)
     checks.weight(weight_mu, bias_mu, bias_rho)
     checks.parameter_pair("weight_", weight_mu, weight_rho, prior)
     checks.key(key, weight_mu)
     checks.linear_input(x, weight_mu, n_samples)
+    if estimator != "weight":
+        bias_prior = prior if bias_prior is None else bias_prior
+        pairs = [(weight_mu, weight_rho, prior)] + ([] if bias_mu is None else [(bias_mu, bias_rho, bias_prior)])
+        return _estimated_linear(x, pairs, key, scale, kl, n_samples, estimator)
     w, total_kl = _draw(weight_mu, weight_rho, key, prior, scale, kl, n_samples, 0, row_offset, column_offset)
     w, b = w.to(x.dtype), None
     if bias_mu is not None:
@@ -66,6 +71,39 @@ def noisy_linear_under(noise, x, weight_mu, weight_sigma, bias_mu, bias_sigma, r
     w = _Posterior(weight_mu, weight_sigma, "identity").draw(of_outputs.unsqueeze(1) * of_inputs)
     b = None if bias_mu is None else _Posterior(bias_mu, bias_sigma, "identity").draw(of_outputs)
     return F.linear(x, *(None if t is None else t.to(weight_mu.dtype).to(x.dtype) for t in (w, b)))
+
+
+def _estimated_linear(x, pairs, key, scale, kl, samples, estimator):
+    """The layer by the estimators "local" and "flipout" (csrc/cpu/estimators.h), of pairs (mu, rho, prior) of the weight and, where
+    there is one, the bias."""
+    posteriors = [_Posterior(mu, rho, scale) for mu, rho, _ in pairs]
+    weight, bias = posteriors[0], posteriors[1] if len(pairs) > 1 else None
+    dtype, (outputs, inputs) = weight.mu.dtype, weight.mu.shape
+    examples = x.shape[0] // samples if x.dim() > 1 else 1
+    rest = math.prod(x.shape[1:-1])
+    x_ = x.to(dtype).reshape(samples, examples, rest, inputs)
+    place, shape = dict(row_offset=first_row(key), dtype=dtype), (samples, examples, rest, outputs)
+    if estimator == "local":
+        y, v = x_ @ weight.mean.mT, x_.square() @ weight.variance.mT
+        if bias is not None:
+            y, v = y + bias.mean, v + bias.variance
+        eps = standard_normal(key, samples, examples, rest * outputs, stream=2, **place).reshape(shape)
+        some = v >= torch.finfo(dtype).tiny  # the square root has no derivative at 0
+        y = y + torch.where(some, torch.where(some, v, 1.0).sqrt() * eps, 0.0)
+    else:
+        s = random_signs(key, samples, examples, rest * inputs, stream=3, **place).reshape(x_.shape)
+        r = random_signs(key, samples, examples, rest * outputs, stream=4, **place).reshape(shape)
+        perturbation = weight.sigma * standard_normal(key, samples, outputs, inputs, dtype=dtype)
+        y = x_ @ weight.mean.mT + ((x_ * s).flatten(1, 2) @ perturbation.mT).reshape(shape) * r
+        if bias is not None:
+            eps = standard_normal(key, samples, 1, outputs, stream=1, dtype=dtype)
+            y = y + bias.draw(eps).unsqueeze(1)
+    y = y.reshape(*x.shape[:-1], outputs).to(x.dtype)
+    if kl is None:
+        return y, None
+    if kl == "analytic":
+        return y, sum(_sum(posterior.analytic_kl(prior)) for posterior, (*_, prior) in zip(posteriors, pairs))
+    return y, sum(_draw(mu, rho, key, prior, scale, kl, samples, stream, 0, 0)[1] for stream, (mu, rho, prior) in enumerate(pairs))
 
 
 def sample_normal(mu, rho, key, *, prior=Normal(0.0, 1.0), scale="softplus", kl="analytic", n_samples=None,
@@ -162,6 +200,15 @@ class _Posterior:
         self._rho = rho.to(dtype).masked_fill(~self.alive, 1.0)
         self._scale = scale
         self.sigma = sigma_of(self._rho, scale).masked_fill(~self.alive, 0.0)
+
+    @property
+    def mean(self) -> Tensor:
+        return torch.where(self.alive, self.mu, self.mu.detach())
+
+    @property
+    def variance(self) -> Tensor:
+        """The largest number where it overflows: times an input of 0 that is 0."""
+        return self.sigma.clamp(max=math.sqrt(torch.finfo(self.mu.dtype).max) * (1 - 1e-7)).square()
 
     def draw(self, eps: Tensor) -> Tensor:
         return torch.where(self.alive, self.mu + self.sigma * eps, self.mu.detach())

@@ -49,6 +49,7 @@ bool engine_will_run(Node* node) {
 struct DrawNode : Node {
   c10::intrusive_ptr<Call> call;
   SavedVariable x;
+  at::Tensor kept;
 
   ~DrawNode() override { call->set_node(nullptr); }
 
@@ -60,12 +61,15 @@ struct DrawNode : Node {
     if (!grad_y.defined() && !grad_kl.defined()) return none;
     bool need_x = call->op.has_x && task_should_compute_output(0) && grad_y.defined();
     at::Tensor input = call->op.has_x && grad_y.defined() ? x.unpack() : at::Tensor();
-    variable_list found = call->gradients(grad_y, grad_kl, input, need_x);
+    variable_list found = call->gradients(grad_y, grad_kl, input, need_x, kept);
     if (!call->op.has_x) found.erase(found.begin());
     return found;
   }
 
-  void release_variables() override { x.reset_data(); }
+  void release_variables() override {
+    x.reset_data();
+    kept.reset();
+  }
 };
 
 struct KlNode : Node {
@@ -156,28 +160,34 @@ void Call::check_unchanged() const {
                 version(given.tensor), ", expected version ", given.version, ".");
 }
 
-at::Tensor Call::run(const at::Tensor& x) {
+at::Tensor Call::run(const at::Tensor& x, at::Tensor* kept) {
   at::AutoDispatchBelowADInplaceOrView guard;
   torch::jit::Stack stack;
   stack.reserve(arguments_.size() + 1);
   if (op.has_x) stack.emplace_back(x);
   push_all(stack, arguments_);
   op.forward.callBoxed(stack);
+  if (stack.size() == 3) {
+    if (kept) *kept = std::move(stack.back()).toTensor();
+    stack.pop_back();
+  }
   kl = std::move(stack.back()).toTensor();
   return op.draws ? std::move(stack.front()).toTensor() : at::Tensor();
 }
 
-variable_list Call::gradients(const at::Tensor& grad_y, const at::Tensor& grad_kl, const at::Tensor& x, bool need_x) const {
+variable_list Call::gradients(const at::Tensor& grad_y, const at::Tensor& grad_kl, const at::Tensor& x, bool need_x,
+                              const at::Tensor& kept) const {
   check_unchanged();
   c10::List<std::optional<at::Tensor>> grads;
   if (op.draws) grads.push_back(optional(grad_y));
   grads.push_back(optional(grad_kl));
   torch::jit::Stack stack;
-  stack.reserve(arguments_.size() + 3);
+  stack.reserve(arguments_.size() + 4);
   stack.emplace_back(std::move(grads));
   if (op.has_x) stack.emplace_back(optional(x));
   push_all(stack, arguments_);
   if (op.has_x) stack.emplace_back(need_x);
+  if (op.forward.schema().returns().size() == 3) stack.emplace_back(optional(kept));
   {
     at::AutoDispatchBelowADInplaceOrView guard;
     op.backward.callBoxed(stack);
@@ -228,12 +238,13 @@ at::Tensor draw(const c10::intrusive_ptr<Call>& call, const at::Tensor& x) {
   variable_list inputs = call->parameters();
   if (call->op.has_x) inputs.insert(inputs.begin(), x);
   for (const at::Tensor& t : inputs) TORCH_CHECK(!t.defined() || !t._fw_grad(0).defined(), kForward);
-  at::Tensor y = call->run(x);
+  at::Tensor kept, y = call->run(x, &kept);
   if (!torch::autograd::compute_requires_grad(inputs)) return y;
   auto node = make_node<DrawNode>();
   node->set_next_edges(collect_next_edges(inputs));
   node->call = call;
   if (call->op.has_x) node->x = SavedVariable(x, false);
+  node->kept = std::move(kept);
   call->set_node(node.get());
   set_history(y, node);
   return y;

@@ -22,7 +22,8 @@ using torch::autograd::Node;
 using torch::autograd::variable_list;
 
 // A raw operator and its backward (../ops.cpp). Arguments are (x if it has one, the parameters in a list, ...); backward takes
-// (the list of the results' gradients, *arguments) and, where there is an x, whether its gradient is wanted.
+// (the list of the results' gradients, *arguments) and, where there is an x, whether its gradient is wanted. An operator with a
+// third result, behind y and the KL, has its backward take that last.
 struct Operator {
   c10::OperatorHandle forward, backward;
   std::vector<std::string> parameters;  // their names
@@ -37,14 +38,15 @@ class Call : public c10::intrusive_ptr_target {
 
   variable_list parameters() const;
 
-  // Runs the forward; keeps the KL, returns y.
-  at::Tensor run(const at::Tensor& x);
+  // Runs the forward; keeps the KL, returns y; puts into `kept` what the backward takes, if there is such a thing.
+  at::Tensor run(const at::Tensor& x, at::Tensor* kept = nullptr);
 
   // Whether all tensors of the arguments are, as far as one can know, what they were.
   bool unchanged() const;
 
   // Gradients of (x, *parameters), undefined where there is none.
-  variable_list gradients(const at::Tensor& grad_y, const at::Tensor& grad_kl, const at::Tensor& x, bool need_x) const;
+  variable_list gradients(const at::Tensor& grad_y, const at::Tensor& grad_kl, const at::Tensor& x, bool need_x,
+                          const at::Tensor& kept = {}) const;
 
   void set_node(Node* node);
   at::Tensor take();                       // by y's node: the KL's gradient, if its node has run in this backward pass

@@ -70,7 +70,7 @@ PYBIND11_MODULE(_autograd, m) {
   m.def("fresh_keys", [](int64_t count) { return py::tuple(py::cast(bnn_fast::fresh_keys(count))); });
   using bnn_fast::Ordinary;
   py::class_<Ordinary>(m, "Ordinary")
-      .def(py::init<const Operator&, py::object, py::object, py::object, py::tuple, py::object, py::object, py::dict, py::dict>())
+      .def(py::init<const Operator&, py::object, py::object, py::tuple, py::object, py::object, py::dict, py::dict>())
       .def("call", torch::wrap_pybind_function([](const Ordinary& o, py::handle layer, py::handle x) { return o.call(layer, x); }))
       .def("handed_over", &Ordinary::handed_over)
       .def("pinned", &Ordinary::pinned);

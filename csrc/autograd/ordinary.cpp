@@ -29,6 +29,7 @@ struct Names {
   NAME(bias_rho);
   NAME(frozen_key);
   NAME(scale);
+  NAME(estimator);
   NAME(kl);
   NAME(key);
   NAME(state);
@@ -57,7 +58,7 @@ PyObject* field(py::handle mode, Field which) { return PyTuple_GET_ITEM(mode.ptr
 
 // Borrowed; null where there is none.
 PyObject* item(PyObject* dict, PyObject* name) {
-  return dict && PyDict_CheckExact(dict) ? PyDict_GetItemWithError(dict, name) : nullptr;
+  return dict && name && PyDict_CheckExact(dict) ? PyDict_GetItemWithError(dict, name) : nullptr;
 }
 
 py::object value_of(const py::object& variable) {
@@ -88,10 +89,10 @@ bool fits(const Operator& op, const at::Tensor& x, const at::Tensor& mu, int64_t
 
 }  // namespace
 
-Ordinary::Ordinary(const Operator& op, py::object stack, py::object plain, py::object mode_type, py::tuple uncovered,
-                   py::object record_type, py::object layer_type, py::dict scales, py::dict kls)
-    : op_(op), stack_(stack), plain_(plain), mode_type_(mode_type), uncovered_(uncovered), record_type_(record_type),
-      layer_type_(layer_type), scales_(scales), kls_(kls) {}
+Ordinary::Ordinary(const Operator& op, py::object stack, py::object plain, py::tuple uncovered, py::object record_type,
+                   py::object layer_type, py::dict scales, py::dict kls)
+    : op_(op), stack_(stack), plain_(plain), uncovered_(uncovered), record_type_(record_type), layer_type_(layer_type),
+      scales_(scales), kls_(kls) {}
 
 // As modes.entered has it.
 py::object Ordinary::mode_of(py::handle layer) const {
@@ -117,6 +118,8 @@ py::object Ordinary::call(py::handle layer, py::handle given) const {
   if (reparametrized || own(name.prior_tensors) != Py_False || !pruned || PyDict_GET_SIZE(pruned) != 0 ||
       item(own(name._modules), name.parametrizations) || !numbers || !PyTuple_Check(numbers))
     return py::none();
+  PyObject* estimator = own(name.estimator);
+  if (!estimator || PyUnicode_CompareWithASCIIString(estimator, "weight") != 0) return py::none();
   size_t count = tensors[2] == Py_None ? 2 : 4;
   c10::List<at::Tensor> posterior;
   for (size_t i = 0; i < count; ++i) {
@@ -129,6 +132,8 @@ py::object Ordinary::call(py::handle layer, py::handle given) const {
   int64_t samples = PyLong_AsLongLong(field(mode, kSamples));
   if (field(mode, kMean) != Py_False || !fits(op_, x, mu, samples)) return py::none();
   PyObject *key = field(mode, kKey), *scale = own(name.scale), *kl = own(name.kl);
+  PyObject *scale_code = item(scales_.ptr(), scale), *kl_code = item(kls_.ptr(), kl);
+  if (!scale_code || !kl_code) return py::none();
   if (key == Py_None && field(mode, kExplicit) == Py_False) key = item(own(name._buffers), name.frozen_key);
   py::object drawn_with;
   if (is_tensor(key)) {
@@ -141,8 +146,7 @@ py::object Ordinary::call(py::handle layer, py::handle given) const {
   c10::List<double> loc_and_scale;
   for (size_t i = 0; i < count; ++i) loc_and_scale.push_back(PyFloat_AsDouble(PyTuple_GET_ITEM(numbers, i)));
   c10::List<int64_t> options;
-  for (int64_t option : {PyLong_AsLongLong(PyDict_GetItem(scales_.ptr(), scale)), 0LL, PyLong_AsLongLong(PyDict_GetItem(kls_.ptr(), kl)),
-                         static_cast<long long>(samples), 0LL, 0LL, 0LL})
+  for (long long option : {PyLong_AsLongLong(scale_code), 0LL, PyLong_AsLongLong(kl_code), static_cast<long long>(samples), 0LL, 0LL, 0LL})
     options.push_back(option);
   if (PyErr_Occurred()) throw py::error_already_set();
 
@@ -153,14 +157,15 @@ py::object Ordinary::call(py::handle layer, py::handle given) const {
   }
   auto call = c10::make_intrusive<Call>(op_, std::vector<c10::IValue>{std::move(posterior), THPVariable_Unpack(drawn_with.ptr()),
                                                                        c10::List<at::Tensor>(), std::move(loc_and_scale), std::move(options)});
+  // Held: while the operator runs other threads may change the layer.
+  auto all = py::reinterpret_steal<py::object>(PyTuple_Pack(4, tensors[0], tensors[1], tensors[2], tensors[3]));
+  auto compared = py::reinterpret_steal<py::object>(PyTuple_Pack(3, numbers, scale, kl));
   at::Tensor y;
   {
     py::gil_scoped_release release;
     y = draw(call, x);
   }
   set(state, name.key, drawn_with);
-  auto all = py::reinterpret_steal<py::object>(PyTuple_Pack(4, tensors[0], tensors[1], tensors[2], tensors[3]));
-  auto compared = py::reinterpret_steal<py::object>(PyTuple_Pack(3, numbers, scale, kl));
   set(state, name.record,
       record_type_(all, compared, drawn_with, py::handle(field(mode, kSamples)), py::make_tuple(std::move(call)), false));
   return py::cast(std::move(y));
@@ -169,9 +174,9 @@ py::object Ordinary::call(py::handle layer, py::handle given) const {
 namespace {
 
 // In the order of named_layers.
-void collect(PyObject* module, PyTypeObject* layer_type, std::unordered_set<PyObject*>& seen, std::vector<PyObject*>& found) {
+void collect(PyObject* module, PyTypeObject* layer_type, std::unordered_set<PyObject*>& seen, std::vector<py::object>& found) {
   seen.insert(module);
-  if (PyObject_TypeCheck(module, layer_type)) found.push_back(module);
+  if (PyObject_TypeCheck(module, layer_type)) found.push_back(py::reinterpret_borrow<py::object>(module));
   auto dict = py::reinterpret_steal<py::object>(PyObject_GenericGetDict(module, nullptr));
   PyObject *modules = item(dict.ptr(), names()._modules), *key, *child;
   Py_ssize_t at = 0;
@@ -226,9 +231,9 @@ bool holds(PyObject* layer, py::handle record, py::handle generation, Pairs& pai
 
 }  // namespace
 
-std::vector<PyObject*> Ordinary::layers_of(py::handle model) const {
+std::vector<py::object> Ordinary::layers_of(py::handle model) const {
   std::unordered_set<PyObject*> seen;
-  std::vector<PyObject*> layers;
+  std::vector<py::object> layers;
   collect(model.ptr(), reinterpret_cast<PyTypeObject*>(layer_type_.ptr()), seen, layers);
   return layers;
 }
@@ -239,9 +244,9 @@ py::object Ordinary::handed_over(py::handle model, py::handle generation, bool o
   Pairs pairs;
   std::vector<c10::intrusive_ptr<Call>> calls;
   std::vector<py::object> records;
-  for (PyObject* layer : layers_of(model)) {
-    py::object record = get(get(get(layer, name._local).ptr(), name.state).ptr(), name.record);
-    if (record.is_none() || !holds(layer, record, generation, pairs, calls)) return py::none();
+  for (const py::object& layer : layers_of(model)) {
+    py::object record = get(get(get(layer.ptr(), name._local).ptr(), name.state).ptr(), name.record);
+    if (record.is_none() || !holds(layer.ptr(), record, generation, pairs, calls)) return py::none();
     if (of_pass && field(mode_of(layer), kKey) != get(record.ptr(), name.key).ptr()) return py::none();
     records.push_back(std::move(record));
   }
@@ -255,30 +260,30 @@ py::object Ordinary::handed_over(py::handle model, py::handle generation, bool o
   return py::cast(std::move(total));
 }
 
-py::object Ordinary::pinned(py::handle model, py::handle n_samples) const {
+py::object Ordinary::pinned(py::handle model, py::handle mode_of_key) const {
   if (!ordinary()) return py::none();
   const Names& name = names();
   std::map<std::pair<PyObject*, PyObject*>, size_t> owners;
-  std::vector<PyObject*> layers = layers_of(model);
+  std::vector<py::object> layers = layers_of(model);
   std::vector<size_t> own;  // which of the keys
-  for (PyObject* layer : layers) {
-    auto dict = py::reinterpret_steal<py::object>(PyObject_GenericGetDict(layer, nullptr));
+  for (const py::object& layer : layers) {
+    auto dict = py::reinterpret_steal<py::object>(PyObject_GenericGetDict(layer.ptr(), nullptr));
     auto tensors = pairs_of(dict.ptr());
     if (!tensors) return py::none();
     for (const auto& [mu, rho] : *tensors)
       if (!is_tensor(mu) || !THPVariable_Unpack(mu).is_cpu()) return py::none();
-    auto first = tensors->empty() ? std::make_pair(layer, layer) : (*tensors)[0];
+    auto first = tensors->empty() ? std::make_pair(layer.ptr(), layer.ptr()) : (*tensors)[0];
     own.push_back(owners.try_emplace(first, owners.size()).first->second);
   }
   py::list modes;
-  for (at::Tensor& key : fresh_keys(owners.size())) modes.append(mode_type_(n_samples, 0, std::move(key)));
+  for (at::Tensor& key : fresh_keys(owners.size())) modes.append(mode_of_key(std::move(key)));
   py::list found;
   py::dict by_layer;
   for (size_t i = 0; i < layers.size(); ++i) {
     py::object mode = modes[own[i]];
-    set(get(get(layers[i], name._local).ptr(), name.state), name.mode, mode);
-    found.append(py::handle(layers[i]));
-    by_layer[py::handle(layers[i])] = mode;
+    set(get(get(layers[i].ptr(), name._local).ptr(), name.state), name.mode, mode);
+    found.append(layers[i]);
+    by_layer[layers[i]] = mode;
   }
   return py::make_tuple(std::move(found), std::move(by_layer));
 }

@@ -2,6 +2,7 @@
 // float32 and the half types run on the lane type F, float64 on single doubles.
 #pragma once
 
+#include "estimators.h"
 #include "factorised_linear.h"
 #include "linear.h"
 #include "narrow.h"
@@ -29,6 +30,9 @@ template <class F> constexpr CpuKernels make_kernels(const char* name) {
           by_type<Pack, pack_vectors<F>, pack_vectors<double>>,
           by_type<LinearForward, linear_forward<F>, linear_forward<double>>,
           by_type<LinearBackward, linear_backward<F>, linear_backward<double>>,
+          by_type<EstimatedForward, estimated_forward<F>, estimated_forward<double>>,
+          by_type<EstimatedBackward, estimated_backward<F>, estimated_backward<double>>,
+          by_type<LocalOutputs, local_outputs<F>, local_outputs<double>>,
           Lane<F>::width > 1 ? narrow_forward<F> : nullptr,
           Lane<F>::width > 1 ? narrow_backward<F> : nullptr};
 }

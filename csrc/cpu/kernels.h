@@ -15,6 +15,9 @@ struct CpuKernels {
   void (*pack)(const Pack&, int64_t begin, int64_t end);                       // tasks: vectors
   void (*linear_forward)(const LinearForward&, int64_t begin, int64_t end);    // tasks: blocks of kRowBlock outputs
   void (*linear_backward)(const LinearBackward&, int64_t begin, int64_t end);  // tasks: blocks of column_block inputs
+  void (*estimated_forward)(const EstimatedForward&, int64_t begin, int64_t end);    // as linear_forward
+  void (*estimated_backward)(const EstimatedBackward&, int64_t begin, int64_t end);  // as linear_backward
+  void (*local_outputs)(const LocalOutputs&, int64_t begin, int64_t end);            // tasks: Tasks(posterior)
   // Null where there are no vectors.
   void (*narrow_forward)(const NarrowForward&, int64_t begin, int64_t end);    // tasks: NarrowTasks
   void (*narrow_backward)(const NarrowBackward&, int64_t begin, int64_t end);  // tasks: NarrowTasks

@@ -34,11 +34,13 @@ inline double sum_of(const std::vector<double>& parts) {
   return sum;
 }
 
-// Draws weights (none if weight is null) and returns the sum of their KL, the mean over samples if it is sampled.
-inline double sample(const Posterior& p, int64_t divergence, int64_t samples, void* weight, Type weight_type) {
+// Draws weights (none if weight is null; problem.h says what other estimators write) and returns the sum of their KL, the mean over
+// samples if it is sampled.
+inline double sample(const Posterior& p, int64_t divergence, int64_t samples, void* weight, Type weight_type,
+                     int estimator = kWeight) {
   std::vector<double> kl(divergence == kNone ? 0 : Tasks(p).count);
   run_spans(cpu_kernels().sample_forward, SampleForward{p, static_cast<int>(divergence), samples, weight, weight_type,
-                                                        kl.empty() ? nullptr : kl.data()});
+                                                        kl.empty() ? nullptr : kl.data(), estimator});
   return sum_of(kl) / (divergence == kSampled ? static_cast<double>(samples) : 1.0);
 }
 
@@ -69,6 +71,17 @@ inline Tensor empty_large(const Tensor& like, const Shape& shape, ScalarType dty
   if (end > begin + huge) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif
   return t;
+}
+
+// x in the layout of the fused forward.
+inline Tensor pack_input(const Tensor& x, const Posterior& p, int64_t rows) {
+  bool wide = p.type == Type::kFloat64;
+  int64_t lanes = wide ? 1 : cpu_kernels().lanes, shift = p.column_offset & 3;
+  int64_t vectors = (shift + p.columns + 4 * lanes - 1) / (4 * lanes) * 4;
+  Tensor packed = empty_of(x, {vectors, rows, lanes}, wide ? ScalarType::Double : ScalarType::Float);
+  Pack problem{rows, p.columns, shift, type_of_tensor(x, "x"), wide, x.const_data_ptr(), packed.mutable_data_ptr()};
+  run(cpu_kernels().pack, problem, vectors, rows * lanes);
+  return packed;
 }
 
 // A sum as a tensor with no dimensions, in the type that like's KL has.

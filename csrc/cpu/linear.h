@@ -1,7 +1,7 @@
 // The small-batch variational linear layer: the weight tile is drawn in cache, multiplied at once, and never written.
 //
 //   forward    y_s[b, o] = sum_i x_s[b, i] w_s[o, i] + bias_s[o],   w_s = mu + sigma(rho) eps_s
-//   backward   dW_s = g_s^T x_s,  dx_s = g_s W_s;  dmu and drho from dW_s as in sample.h
+//   backward   dW_s = g_s^T x_s,  dx_s = g_s W_s;  dmu and drho from dW_s as in gradient.h
 //
 // Forward: a task owns kRowBlock outputs and walks all inputs, so each y is summed in one fixed order.
 // Backward: a task owns a block of inputs and walks all outputs: one pass over mu and rho draws the tile again, adds to
@@ -14,7 +14,7 @@
 
 #include <memory>
 
-#include "sample.h"
+#include "gradient.h"
 
 #include "kernels.h"
 

@@ -1,10 +1,6 @@
-// Sampling a tensor's weights with the KL of its elements, forward and backward, span by span.
+// Sampling a tensor's weights with the KL of its elements, span by span; the backward is in gradient.h.
 //
-//   forward    w_s = mu + sigma(rho) eps_s           KL summed on the way, sigma computed once for all samples
-//   backward   dmu = sum_s dW_s + k dKL/dmu          drho = sigma' sum_s dW_s eps_s + k dKL/drho
-//
-// With the sampled divergence k dKL_s/dw_s / S is added to dW_s, and only -(log sigma)' is left in dKL/drho.
-// The noise is drawn again in the backward; nothing is kept from the forward.
+//   w_s = mu + sigma(rho) eps_s           KL summed on the way, sigma computed once for all samples
 #pragma once
 
 #include "factorised.h"
@@ -43,14 +39,14 @@ inline void sigma_span(const Posterior& p, int divergence, const ScalarOf<F>* mu
   });
 }
 
-// One draw of a span's weights, and the sampled KL of its elements where it is asked for.
-template <class F>
+// One draw of a span's weights, or of sigma eps alone, and the sampled KL of its elements where it is asked for.
+template <class F, bool alone = false>
 inline void draw_span(const SpanNoise& noise, const Span& span, int64_t sample, int divergence, const ScalarOf<F>* mu,
                       const ScalarOf<F>* rho, const ScalarOf<F>* sigma, const ScalarOf<F>* log_sigma, PriorSpan<F>& prior,
                       ScalarOf<F>* weight, Sum<F>& kl) {
   noise.draw<F>(span, sample, [&](int i, F eps) __attribute__((always_inline)) {
     F w = fma_lane(load<F>(sigma + i), eps, load<F>(mu + i));
-    store<F>(weight + i, w);
+    store<F>(weight + i, alone ? load<F>(sigma + i) * eps : w);
     if (divergence == kSampled) {
       F element = kl_sampled(w, eps, load<F>(log_sigma + i), prior.at(i));
       kl.add(select(is_pruned(load<F>(rho + i)), splat<F>(0), element));
@@ -97,14 +93,23 @@ template <class F> inline void sample_forward(const SampleForward& problem, int6
       if (problem.divergence != kNone) prior.move_to(p, span);
       sigma_span<F>(p, problem.divergence, mu, rho, span.width, prior, sigma, log_sigma, kl);
       if (!problem.weight && problem.divergence != kSampled) return;
+      if (problem.estimator == kLocal) {
+        SpanOutput<F> squares(problem.weight, problem.weight_type, p.columns, span, weight_scratch);
+        for (int i = 0; i < span.width; i += Lane<F>::width) store<F>(squares.target + i, variance(load<F>(sigma.data + i)));
+        squares.finish();
+        if (problem.divergence != kSampled) return;
+      }
       for (int64_t s = 0; s < problem.samples; ++s) {
-        if (!problem.weight) {
+        if (!problem.weight || problem.estimator == kLocal) {
           draw_span<F>(noise, span, s, problem.divergence, mu, rho, sigma, log_sigma, prior, weight_scratch, kl);
           continue;
         }
         SpanOutput<F> weight(static_cast<char*>(problem.weight) + s * stride, problem.weight_type, p.columns, span,
                              weight_scratch);
-        draw_span<F>(noise, span, s, problem.divergence, mu, rho, sigma, log_sigma, prior, weight.target, kl);
+        if (problem.estimator == kFlipout)
+          draw_span<F, true>(noise, span, s, problem.divergence, mu, rho, sigma, log_sigma, prior, weight.target, kl);
+        else
+          draw_span<F>(noise, span, s, problem.divergence, mu, rho, sigma, log_sigma, prior, weight.target, kl);
         weight.finish();
       }
     });
@@ -129,152 +134,6 @@ template <class F> inline void kl_elements(const KlElements& problem, int64_t ta
         }
       });
       store_span<F>(problem.kl, p.type, p.columns, span, kl);
-    });
-}
-
-// Scratch of one draw over a span, and of the sums over several.
-template <class F> struct DrawSpan {
-  ScalarOf<F>* eps;
-  ScalarOf<F>* weight;             // null where nobody asks for it: the sampled divergence does
-  const ScalarOf<F>* grad_weight;  // null: no gradient came through the weights
-  ScalarOf<F>* by_mu;              // sums over more draws than one
-  ScalarOf<F>* by_sigma;
-};
-
-// What the backward needs of a span: w = mu + sigma eps drawn again, and the two gradients put together from
-// the gradients by the weights.
-template <class F> struct GradientSpan {
-  using S = ScalarOf<F>;
-  static constexpr int W = Lane<F>::width;
-
-  const Posterior& p;
-  int divergence;
-  int64_t samples;
-  const KlGradient& grad_kl;
-  PriorSpan<F> prior;
-  SpanNoise noise;
-  const S *mu, *rho;
-  Tile<F> sigma, d_sigma, kl_rho;
-
-  GradientSpan(const Posterior& p, int divergence, int64_t samples, const KlGradient& grad_kl)
-      : p(p), divergence(grad_kl.data ? divergence : int(kNone)), samples(samples), grad_kl(grad_kl), prior(p.prior), noise(p) {
-    if (grad_kl.data && !grad_kl.elementwise) {
-      S value;
-      convert_from(grad_kl.data, grad_kl.type, 0, 1, &value);
-      for (int i = 0; i < kTile; ++i) factor_scratch[i] = value;
-    }
-  }
-
-  // sigma, and in units (posterior.h) sigma' and the KL's own part of the gradient by rho.
-  void move_to(const Span& span) {
-    mu = load_span<F>(p.mu, p.type, p.columns, span, 0, mu_scratch);
-    rho = load_span<F>(p.rho, p.type, p.columns, span, -INFINITY, rho_scratch);
-    if (divergence != kNone) prior.move_to(p, span);
-    factor = factor_scratch;
-    if (grad_kl.data && grad_kl.elementwise)
-      factor = load_span<F>(grad_kl.data, grad_kl.type, p.columns, span, 0, factor_scratch);
-    with_scale(p.scale, [&]<int scale>() {
-      for (int i = 0; i < span.width; i += W) {
-        Spread<F> s = spread<scale>(load<F>(rho + i));
-        store<F>(sigma + i, s.sigma);
-        store<F>(d_sigma + i, s.d_sigma);
-        if (divergence == kAnalytic)
-          store<F>(kl_rho + i, times(load<F>(factor + i), kl_by_rho(s, prior.at(i))));
-        else if (divergence == kSampled)
-          store<F>(kl_rho + i, times(load<F>(factor + i), sampled_kl_by_rho(s)));
-      }
-    });
-  }
-
-  // One draw: its noise and its weights.
-  void draw(const Span& span, int64_t sample, const DrawSpan<F>& to) const {
-    S *eps = to.eps, *weight = to.weight;
-    noise.draw<F>(span, sample, [&](int i, F e) __attribute__((always_inline)) {
-      store<F>(eps + i, e);
-      if (weight) store<F>(weight + i, fma_lane(load<F>(sigma.data + i), e, load<F>(mu + i)));
-    });
-  }
-
-  // Of several draws: adds to by_mu = sum_s dW_s and by_sigma = sum_s dW_s eps_s.
-  void accumulate(const Span& span, int64_t sample, const DrawSpan<F>& of) {
-    if (samples == 1) return;
-    for (int i = 0; i < span.width; i += W) {
-      F g = by_weight(i, of), g_eps = g * load<F>(of.eps + i);
-      store<F>(of.by_mu + i, sample ? load<F>(of.by_mu + i) + g : g);
-      store<F>(of.by_sigma + i, sample ? load<F>(of.by_sigma + i) + g_eps : g_eps);
-    }
-  }
-
-  // Puts the gradients together and writes them.
-  void finish(const Span& span, const DrawSpan<F>& of, void* grad_mu, void* grad_rho) {
-    Tile<F> mu_out, rho_out;
-    SpanOutput<F> d_mu(grad_mu, p.type, p.columns, span, mu_out), d_rho(grad_rho, p.type, p.columns, span, rho_out);
-    auto write = [&](auto by_mu_and_sigma) __attribute__((always_inline)) {
-      for (int i = 0; i < span.width; i += W) {
-        F m, r;
-        by_mu_and_sigma(i, m, r);
-        r *= load<F>(d_sigma + i);
-        if (divergence == kAnalytic) m += times(load<F>(factor + i), kl_by_location(load<F>(mu + i), prior.at(i)));
-        if (divergence != kNone) r += load<F>(kl_rho + i);
-        auto pruned = is_pruned(load<F>(rho + i));
-        store<F>(d_mu.target + i, select(pruned, splat<F>(0), m));
-        store<F>(d_rho.target + i, select(pruned, splat<F>(0), in_full(p.scale, load<F>(sigma + i), r)));
-      }
-    };
-    if (!through_weights(of))
-      write([](int, F& m, F& r) { m = r = splat<F>(0); });
-    else if (samples == 1)
-      write([&](int i, F& m, F& r) __attribute__((always_inline)) {
-        m = by_weight(i, of);
-        r = m * load<F>(of.eps + i);
-      });
-    else
-      write([&](int i, F& m, F& r) __attribute__((always_inline)) {
-        m = load<F>(of.by_mu + i);
-        r = load<F>(of.by_sigma + i);
-      });
-    d_mu.finish();
-    d_rho.finish();
-  }
-
-  bool through_weights(const DrawSpan<F>& of) const { return of.grad_weight || divergence == kSampled; }
-
- private:
-  const S* factor;  // the gradient that reaches the KL
-  Tile<F> mu_scratch, rho_scratch, factor_scratch;
-
-  // dW of a draw, with the sampled KL's gradient by w in it.
-  BNN_FN F by_weight(int i, const DrawSpan<F>& of) {
-    F g = of.grad_weight ? load<F>(of.grad_weight + i) : splat<F>(0);
-    if (divergence != kSampled) return g;
-    F share = splat<F>(S(1) / static_cast<S>(samples));
-    return g + times(load<F>(factor + i) * share, kl_by_location(load<F>(of.weight + i), prior.at(i)));
-  }
-};
-
-template <class F> inline void sample_backward(const SampleBackward& problem, int64_t task_begin, int64_t task_end) {
-  const Posterior& p = problem.posterior;
-  GradientSpan<F> gradient(p, problem.divergence, problem.samples, problem.grad_kl);
-  int64_t stride = p.rows * p.columns * size_of(problem.weight_type);
-  Tile<F> scratch, eps, weight, by_mu, by_sigma;
-  DrawSpan<F> draw{eps, gradient.divergence == kSampled ? weight.data : nullptr, nullptr, by_mu, by_sigma};
-  for (int64_t t = task_begin; t < task_end; ++t)
-    for_spans<F>(p, t, [&](const Span& span) {
-      if (p.column_factors) {
-        const auto* of_weight = !problem.grad_weight ? nullptr : load_span<F>(problem.grad_weight, problem.weight_type, p.columns,
-                                                                             span, 0, scratch);
-        return factorised_gradients<F>(p, span, of_weight, problem.grad_mu, problem.grad_rho);
-      }
-      gradient.move_to(span);
-      for (int64_t s = 0; s < problem.samples; ++s) {
-        if (problem.grad_weight)
-          draw.grad_weight = load_span<F>(static_cast<const char*>(problem.grad_weight) + s * stride, problem.weight_type,
-                                          p.columns, span, 0, scratch);
-        if (!gradient.through_weights(draw)) break;
-        gradient.draw(span, s, draw);
-        gradient.accumulate(span, s, draw);
-      }
-      gradient.finish(span, draw, problem.grad_mu, problem.grad_rho);
     });
 }
 

@@ -59,7 +59,7 @@ class Cpu {
       sample(a.bias->view, a.divergence, a.samples, bias->mutable_data_ptr(), type_of_tensor(*bias, "bias"));
     }
     Tensor y = empty_of(x, a.output_shape(x), x.scalar_type());
-    Tensor packed = pack(x, p, a.samples * batch);
+    Tensor packed = pack_input(x, p, a.samples * batch);
     int64_t tasks = (p.rows + kRowBlock - 1) / kRowBlock;
     std::vector<double> kl(a.divergence == kNone ? 0 : tasks);
     LinearForward problem{p,
@@ -107,17 +107,6 @@ class Cpu {
  private:
   const Tensor& like;
   double sum = 0;
-
-  // x in the layout of the fused forward.
-  static Tensor pack(const Tensor& x, const Posterior& p, int64_t rows) {
-    bool wide = p.type == Type::kFloat64;
-    int64_t lanes = wide ? 1 : cpu_kernels().lanes, shift = p.column_offset & 3;
-    int64_t vectors = (shift + p.columns + 4 * lanes - 1) / (4 * lanes) * 4;
-    Tensor packed = empty_of(x, {vectors, rows, lanes}, wide ? ScalarType::Double : ScalarType::Float);
-    Pack problem{rows, p.columns, shift, type_of_tensor(x, "x"), wide, x.const_data_ptr(), packed.mutable_data_ptr()};
-    run(cpu_kernels().pack, problem, vectors, rows * lanes);
-    return packed;
-  }
 
   // A row's part in the work, on the scale of weights that are drawn.
   static int64_t row_cost(const Posterior& p) { return 1 + (p.rows + p.columns) / 16 + p.rows * p.columns / 64; }
