@@ -130,6 +130,8 @@ def _layer(name: str, module: nn.Module, own: dict) -> VariationalLayer:
         raise ValueError(f"model: expected layers with parameters of their own, given {name!r}, whose are parametrized: remove that first. "
                          f"{', '.join(expected)} are expected, and there are {', '.join(found)} (torch.nn.utils has "
                          "parametrize.remove_parametrizations, remove_weight_norm, remove_spectral_norm and prune.remove)")
+    layer._buffers |= module._buffers
+    layer._non_persistent_buffers_set |= module._non_persistent_buffers_set
     return layer
 
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import copy
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..layers.base import VariationalLayer
 
@@ -15,11 +15,11 @@ class Ties:
     """Parameters that several layers have, so that their counterparts share a posterior, too."""
 
     def __init__(self):
-        self._known: dict[int, tuple[str, VariationalLayer, str]] = {}
+        self._known: dict[object, tuple[str, VariationalLayer, str]] = {}
 
-    def share(self, name: str, layer: VariationalLayer, pair: str, source: Tensor) -> None:
+    def share(self, name: str, layer: VariationalLayer, pair: str, source: object) -> None:
         """The posterior `pair` of the layer stands for `source`; if another layer's does already, it becomes that one."""
-        first, other, others_pair = self._known.setdefault(id(source), (name, layer, pair))
+        first, other, others_pair = self._known.setdefault(source, (name, layer, pair))
         if other is layer:
             return
         if other.scale != layer.scale:
@@ -42,9 +42,8 @@ def replace(model: nn.Module, made: list[tuple[nn.Module, VariationalLayer]], in
         converted = copy.deepcopy(model, layers)
         of_layer = lambda value: copy.deepcopy(value, layers)  # noqa: E731  a hook may be a method of the model: of the copy then
     for module, layer in made:
-        for name, value in module._buffers.items():
-            if name in layer._buffers:
-                layer._buffers[name] = of_layer(value)
+        for name in module._buffers.keys() & layer._buffers.keys():
+            layer._buffers[name] = of_layer(module._buffers[name])
         for hooks in _HOOKS:
             setattr(layer, hooks, of_layer(getattr(module, hooks)))
         layer.train(module.training)
