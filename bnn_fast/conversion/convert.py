@@ -12,7 +12,7 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 from .. import checks
 from ..inference.posteriors import set_prior
 from ..inference.sampling import draw
-from ..layers.base import VariationalLayer
+from ..layers.base import VariationalLayer, named_layers
 from ..priors import Normal
 from ..priors.initialisation import INITIALISATIONS
 from ..priors.scales import convert_rho, softplus_inverse
@@ -43,12 +43,12 @@ def to_variational(model: nn.Module, layers=None, *, prior: Normal | Callable[[s
         keywords: those of every layer: bias_prior, scale, kl, init_sigma.
 
     Parameters that layers share stay shared, absent biases absent; training mode, device, dtype, requires_grad, hooks and buffers are as
-    they were. Layers are converted whole: nn.MultiheadAttention with its out_proj. An nn.TransformerEncoder no longer makes nested tensors
-    of padded batches. Subclasses of torch's layers are left, as what they compute may be another thing; for them, for any other
-    module, and for one that reads the `.weight` of a child there is `Variational`, which draws it whole.
+    they were. Layers are converted whole: nn.MultiheadAttention with its out_proj. An nn.TransformerEncoder no longer makes nested
+    tensors of padded batches. Subclasses of torch's layers are left, as what they compute may be another thing; for them, for any
+    other module, and for one that reads the `.weight` of a child there is `Variational`, which draws it whole.
 
-    ValueError if nothing is chosen, or a chosen layer has no counterpart, shares a parameter with a module that is not chosen, has parameters
-    that are made of others (torch.nn.utils.parametrize, weight_norm, prune), or none yet.
+    ValueError if nothing is chosen, or a chosen layer has no counterpart, shares a parameter with a module that is not chosen, has
+    parameters that are made of others (torch.nn.utils.parametrize, weight_norm, prune), or none yet.
     """
     checks.module("model", model)
     checks.flags(inplace=inplace)
@@ -81,8 +81,18 @@ def to_variational(model: nn.Module, layers=None, *, prior: Normal | Callable[[s
 
 
 def to_deterministic(model: nn.Module) -> nn.Module:
-    """The means of a model as an ordinary one: torch's layers in place of the variational ones, in a copy."""
-    return draw(model, mean=True)
+    """The means of a model as an ordinary one: torch's layers in place of the variational ones, in a copy. Parameters that layers share
+    stay shared, and have the requires_grad of the means; hooks of the layers are left.
+    """
+    ordinary, known = draw(model, mean=True), {}
+    for name, layer in named_layers(model):
+        for identity, pair in zip(layer.identities(), layer.pairs()):
+            for place in layer.places(pair.name):
+                owner, _, own = f"{name}.{place}".lstrip(".").rpartition(".")
+                module = ordinary.get_submodule(owner)
+                setattr(module, own, known.setdefault(identity, getattr(module, own)))
+            known[identity].requires_grad_(pair.mu.requires_grad)
+    return ordinary
 
 
 def _options(names: list[str], keywords: dict, options: dict[str, dict] | None) -> dict[str, dict]:

@@ -18,29 +18,34 @@ from .replace import Ties, replace
 
 
 def import_from(model: nn.Module, *, prior: Normal | Callable[[str, Tensor], Normal | None] | None = None) -> nn.Module:
-    """A copy of a model of bayesian-torch, torchbnn, blitz or torch-uncertainty with layers of bnn_fast in place of theirs: with the same
-    means, sigmas (and rho, as `scale` says) and priors, trained or not. The libraries need not be installed for their layers to be known.
+    """A copy of a model of bayesian-torch, torchbnn, blitz or torch-uncertainty with layers of bnn_fast in place of theirs: with the
+    same means, sigmas (and rho, as `scale` says) and priors, trained or not. No library need be installed for its layers to be known.
 
     Args:
-        model: with their layers: linear layers, convolutions (transposed ones too), LSTM and GRU, embeddings, torchbnn's BatchNorm; or one
-            such layer. Other modules are copied.
-        prior: in place of their priors: a Normal, or a function of (qualified name, mean) that gives one, or None to keep theirs. A scale
-            mixture (blitz, torch-uncertainty: prior_pi between 0 and 1) has no counterpart, so that one has to be given.
+        model: with their layers: linear layers, convolutions (transposed ones too), LSTM and GRU, embeddings, torchbnn's BatchNorm; or
+            one such layer. Other modules are copied.
+        prior: in place of their priors: a Normal, or a function of (qualified name, mean) that gives one, or None to keep theirs. A
+            scale mixture (blitz, torch-uncertainty: prior_pi between 0 and 1) has no counterpart, so that one has to be given.
 
-    The KL of `kl_divergence` is that of all weights, in sum. Theirs is, of the same posteriors and priors: bayesian-torch `get_kl_loss`: for each
-    layer the mean over the weights plus that over the biases (of an LSTM's twice), summed over layers; torchbnn `BKLLoss`:
-    `kl_divergence(model, "mean")`, or with reduction="sum" the same; blitz: the same but sampled, its prior's density floored by 1e-6;
-    torch-uncertainty `KLDiv`: sampled, 0.5 too small for each weight, and averaged over layers. Their own losses find no layers in the result.
+    The KL of `kl_divergence` is that of all weights, in sum. Theirs is, of the same posteriors and priors:
 
-    What else is other than there: flipout layers draw one network for the batch; recurrences draw once for a sequence (bayesian-torch: at
-    every step), and give the last states as torch's do, [1, B, H] (bayesian-torch: all of them, [B, T, H]; blitz: [B, H]); an embedding's
-    padding row is drawn like the others, as in blitz, but gets gradients; parts of a BayesianGRU's weights that nothing depends on are left out.
+        bayesian-torch      `get_kl_loss`: for each layer the mean over its weights plus that over its biases, summed over layers
+                            (twice for an LSTM)
+        torchbnn            `BKLLoss`: the mean over all weights, `kl_divergence(model, "mean")`; with reduction="sum" the same as here
+        blitz               sampled; the density of its prior is no less than 1e-6
+        torch-uncertainty   `KLDiv`: sampled, 0.5 too small for each weight, averaged over layers
 
-    ValueError if there are no such layers, or one that has no counterpart: of another kind, a subclass, frozen (so `unfreeze` first: the means
-    are had by `sampling(mean=True)`), giving its KL with its output (bayesian-torch without dnn_to_bnn_flag), or with another prior.
+    Their own losses find no layers in the result. Other than there are: flipout layers, which draw one network for the batch;
+    recurrences, which draw once for a sequence (in bayesian-torch at every step), and give the last states, [1, B, H], as torch's do
+    (bayesian-torch: all of them, [B, T, H]; blitz: [B, H]); an embedding's padding row, which is drawn like the others, as in
+    blitz, but has gradients; a BayesianGRU, of whose weights those parts are left out that nothing depends on.
+
+    ValueError if there are no such layers, or one that has no counterpart: of another kind, a subclass, frozen (the means are had by
+    `sampling(mean=True)`), giving its KL beside its output (bayesian-torch without dnn_to_bnn_flag), or with another prior.
     """
     checks.module("model", model)
-    if prior is not None and not isinstance(prior, (Normal, torch.distributions.Normal)) and (not callable(prior) or isinstance(prior, type)):
+    if not (prior is None or isinstance(prior, (Normal, torch.distributions.Normal))
+            or callable(prior) and not isinstance(prior, type)):
         raise TypeError(f"prior: expected a Normal or a function of (name, mean), given {checks.describe(prior)}")
     made, ties = [], Ties()
     for name, module, library, peer in _theirs(model):
@@ -51,8 +56,8 @@ def import_from(model: nn.Module, *, prior: Normal | Callable[[str, Tensor], Nor
             mu, rho = keys_of(library, theirs)
             _fill(pair, *_read(library, layer, pair, values[mu], values[rho]))
             pair.mu.requires_grad_(values[mu].requires_grad), pair.rho.requires_grad_(values[rho].requires_grad)
-            layer.set_prior(pair.name, _prior(f"{name}.{pair.name}" if name else pair.name, prior, pair,
-                                              lambda module=module, library=library, theirs=theirs: LIBRARIES[library].prior(module, theirs)))
+            layer.set_prior(pair.name, _prior(f"{name}.{pair.name}".lstrip("."), prior, pair, lambda library=library, module=module,
+                                              theirs=theirs: LIBRARIES[library].prior(module, theirs)))
             ties.share(name, layer, pair.name, (values[mu], pair.name))
         layer.find_pruned()
         made.append((module, layer))
@@ -63,8 +68,8 @@ def import_from(model: nn.Module, *, prior: Normal | Callable[[str, Tensor], Nor
 
 
 def import_state_dict(model: nn.Module, state_dict: dict[str, Tensor], library: str | None = None, *, strict: bool = True):
-    """Load a state_dict of a model of bayesian-torch, torchbnn, blitz or torch-uncertainty into a model of bnn_fast that has the same layers
-    under the same names: means and sigmas into its variational layers, all else as load_state_dict does it.
+    """Load a state_dict of a model of bayesian-torch, torchbnn, blitz or torch-uncertainty into a model of bnn_fast that has the same
+    layers under the same names: means and sigmas into its variational layers, all else as load_state_dict does it.
 
     Args:
         library: "bayesian_torch", "torchbnn", "blitz" or "torch_uncertainty"; None tells it by the keys.
@@ -72,8 +77,8 @@ def import_state_dict(model: nn.Module, state_dict: dict[str, Tensor], library: 
 
     Sigmas are taken over under the `scale` that a layer has. Priors stay the model's own. Nothing is changed where an error is raised.
 
-    Returns a named tuple (missing_keys, unexpected_keys), both of their names; empty if strict. blitz's BayesianLinear(bias=False) saves a bias
-    nevertheless, which is then among the unexpected.
+    Returns a named tuple (missing_keys, unexpected_keys), both of their names; empty if strict. blitz's BayesianLinear(bias=False) saves
+    a bias nevertheless, which is then among the unexpected.
 
     ValueError naming the keys if there are missing or unexpected ones and strict, if a tensor has another shape, or if the library
     cannot be told.
@@ -140,8 +145,8 @@ def _layer(name: str, module: nn.Module, library: str, peer: Peer) -> Variationa
         raise ValueError(f"model: expected layers that draw, given {name!r}, which is frozen: unfreeze it before, and take the means by "
                          "bnn_fast.sampling(model, mean=True), one draw by bnn_fast.freeze(model)")
     if library == "bayesian_torch" and name and not module.dnn_to_bnn_flag:
-        raise ValueError(f"model: expected layers that give their output alone, given {name!r}, which gives (output, KL) to a forward that takes "
-                         "them apart: write the forward without KLs and set dnn_to_bnn_flag = True on the layer, or load the "
+        raise ValueError(f"model: expected layers that give their output alone, given {name!r}, which gives (output, KL) to a forward that "
+                         "takes them apart: write the forward without KLs and set dnn_to_bnn_flag = True on the layer, or load the "
                          "state_dict into a model of bnn_fast by import_state_dict")
     parameter = next(module.parameters(), None)
     there = {} if parameter is None else {"device": parameter.device, "dtype": parameter.dtype}

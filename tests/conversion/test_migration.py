@@ -53,8 +53,8 @@ def names(peer: str) -> dict:
         conversion = importlib.import_module("bayesian_torch.models.dnn_to_bnn")
         found |= {"LinearReparameterization": lib.LinearReparameterization, "get_kl_loss": conversion.get_kl_loss, "layer": make(4, 3),
                   "dnn_to_bnn": conversion.dnn_to_bnn, "parameters": {
-                      "prior_mu": 0.0, "prior_sigma": 1.0, "posterior_mu_init": 0.0, "posterior_rho_init": -3.0, "type": "Reparameterization",
-                      "moped_enable": True, "moped_delta": 0.5}}
+                      "prior_mu": 0.0, "prior_sigma": 1.0, "posterior_mu_init": 0.0, "posterior_rho_init": -3.0,
+                      "type": "Reparameterization", "moped_enable": True, "moped_delta": 0.5}}
     if peer == "torchbnn":
         found |= {"BayesLinear": lib.BayesLinear, "BKLLoss": lib.BKLLoss,
                   "freeze": importlib.import_module("torchbnn.utils.freeze_model").freeze}
@@ -127,7 +127,8 @@ def without_kl(theirs: dict, ours: dict) -> None:
 
 
 CHECKS = {"LinearReparameterization": a_new_layer, "y, kl": without_kl, "get_kl_loss": mean_of_each, "dnn_to_bnn": moped,
-          "BayesLinear": a_new_layer, "BKLLoss": lambda theirs, ours: torch.testing.assert_close(theirs["_"][0], ours["_"]), "freeze": one_draw,
+          "BayesLinear": a_new_layer, "BKLLoss": lambda theirs, ours: torch.testing.assert_close(theirs["_"][0], ours["_"]),
+          "freeze": one_draw,
           "BayesianLinear": a_new_layer, "model.sample_elbo": a_loss, "model.freeze_": the_means, "model.mfvi_forward": predictions,
           "ELBOLoss": None}
 

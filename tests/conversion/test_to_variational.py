@@ -139,6 +139,20 @@ def test_an_embedding_and_its_head_stay_tied():
     network = bf.draw(converted, 1)
     assert torch.equal(network[0].weight, network[1].weight)
     torch.testing.assert_close(bf.kl_divergence(converted), bf.kl_divergence(converted[0]))
+    back = bf.to_deterministic(converted)
+    assert back[0].weight is back[1].weight and torch.equal(back[0].weight, model[0].weight)
+
+
+def test_what_is_shared_or_held_fast_is_so_in_the_means():
+    attention = nn.MultiheadAttention(4, 2, bias=False)
+    model = nn.ModuleList([attention, nn.Linear(4, 4), nn.LSTM(4, 4), bf.Variational(nn.Sequential(nn.Linear(2, 2), nn.Tanh()))])
+    model[1].weight = attention.out_proj.weight
+    attention.in_proj_weight.requires_grad_(False), model[2].weight_hh_l0.requires_grad_(False)
+    back = bf.to_deterministic(bf.to_variational(model, init="moped"))
+    assert back[1].weight is back[0].out_proj.weight and back[1].weight.requires_grad
+    assert not back[0].in_proj_weight.requires_grad and not back[2].weight_hh_l0.requires_grad
+    x = torch.randn(3, 1, 4)
+    assert torch.equal(back[2](x)[0], model[2](x)[0]) and torch.equal(back[0](x, x, x)[0], model[0](x, x, x)[0])
 
 
 class Remembers(nn.Module):
@@ -167,8 +181,8 @@ def test_hooks_are_the_copys_own():
     assert model.seen == ["output", "gradient"]
 
 
-@pytest.mark.parametrize("layers", [None, nn.Linear, nn.LayerNorm, nn.MultiheadAttention, "layers.1.*", "layers.1.linear2", "layers.1.self_attn",
-                                    lambda name, module: isinstance(module, nn.Linear)], ids=str)
+@pytest.mark.parametrize("layers", [None, nn.Linear, nn.LayerNorm, nn.MultiheadAttention, "layers.1.*", "layers.1.linear2",
+                                    "layers.1.self_attn", lambda name, module: isinstance(module, nn.Linear)])
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_transformers_in_part_and_with_padding(layers, padded):
