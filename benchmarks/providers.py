@@ -112,10 +112,14 @@ def torch_uncertainty() -> Provider:
 def module(name: str) -> types.ModuleType:
     """The module alone: the packages that it is in are stood for by empty ones, unless already imported."""
     root, *others = name.split(".")[:-1]
-    found = importlib.util.find_spec(root)  # does not run it
-    if found is None:
-        raise ModuleNotFoundError(f"No module named {root!r}", name=root)
-    folders, package = list(found.submodule_search_locations), root
+    if root in sys.modules:  # find_spec asks it, and an empty one does not know
+        folders = list(sys.modules[root].__path__)
+    else:
+        found = importlib.util.find_spec(root)  # does not run it
+        if found is None:
+            raise ModuleNotFoundError(f"No module named {root!r}", name=root)
+        folders = list(found.submodule_search_locations)
+    package = root
     for other in [None, *others]:
         if other:
             folders, package = [f"{folder}/{other}" for folder in folders], f"{package}.{other}"

@@ -5,7 +5,7 @@ from . import metrics, plotting
 from ._build import build_info
 from ._version import __version__
 from .checks import check_parameters
-from .conversion import to_deterministic, to_variational
+from .conversion import import_from, import_state_dict, to_deterministic, to_variational
 from .inference.divergence import kl_divergence
 from .inference.elbo import ELBO
 from .inference.likelihoods import Bernoulli, Categorical, Gaussian, HeteroscedasticGaussian
@@ -38,7 +38,8 @@ __all__ = [
     "VariationalConvTranspose3d", "VariationalEmbedding", "VariationalEmbeddingBag", "VariationalGRU", "VariationalGRUCell", "VariationalGroupNorm",
     "VariationalLSTM", "VariationalLSTMCell", "VariationalLayer", "VariationalLayerNorm", "VariationalLinear",
     "VariationalMultiheadAttention", "VariationalRNN", "VariationalRNNCell", "__version__",
-    "blundell_weights", "build_info", "check_parameters", "draw", "freeze", "functional", "kl_divergence",
+    "blundell_weights", "build_info", "check_parameters", "draw", "freeze", "functional", "import_from",
+    "import_state_dict", "kl_divergence",
     "linear_warmup", "mc_forward", "metrics", "plain", "plotting", "posterior", "predict", "prune",
     "reference", "sampling", "set_prior", "signal_to_noise", "to_deterministic", "to_variational", "unfreeze",
 ]

@@ -53,6 +53,9 @@ class VariationalMultiheadAttention(Counterpart):
             owner = module.out_proj if name.startswith("out_proj_") else module
             setattr(owner, name.removeprefix("out_proj_"), w)
 
+    def places(self, name: str) -> list[str]:
+        return [f"out_proj.{name.removeprefix('out_proj_')}" if name.startswith("out_proj_") else name]
+
     def _fan_in(self, module: nn.Module) -> int:
         return module.embed_dim
 

@@ -107,6 +107,10 @@ class VariationalLayer(Posterior):
         """The ordinary module that the layer is under `key`, or with its means (None)."""
         return Drawn(self, self.weights(key))
 
+    def places(self, name: str) -> list[str]:
+        """Where the module that `drawn` gives has the weights of this name, with dots."""
+        return [name]
+
     @torch.no_grad()
     def weights(self, key: Tensor | None) -> dict[str, Tensor]:
         """The weights that the key stands for, or the means (None), by name."""

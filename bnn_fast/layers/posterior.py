@@ -181,7 +181,8 @@ class Posterior(nn.Module):
                 return NO_WEIGHT
             raise AttributeError(
                 f"{type(self).__name__} has no {name}: it draws one at every call. Its mean is {name}_mu, its standard deviation "
-                f"{name}_sigma; bnn_fast.draw(model, seed) gives one draw as an ordinary module")
+                f"{name}_sigma; bnn_fast.draw(model, seed) gives one draw as an ordinary module, and bnn_fast.Variational(module) draws "
+                f"the parameters of a module that takes the {name} of another")
         return super().__getattr__(name)
 
     def __setattr__(self, name: str, value) -> None:

@@ -86,6 +86,9 @@ class Variational(VariationalLayer):
     def drawn(self, key: Tensor | None) -> nn.Module:
         return self._with(self.weights(key))
 
+    def places(self, name: str) -> list[str]:
+        return self._places[name]
+
     def _with(self, weights: dict[str, Tensor]) -> nn.Module:
         """The module with these parameters."""
         with self._lock.lock:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from test_recipes import run_readme
 from torch import nn
+from torch.nn.utils import prune
 
 import bnn_fast as bf
 
@@ -109,6 +110,13 @@ def test_priors_and_options_by_pattern():
     assert (converted[4][1].scale, converted[4][0].scale) == ("exp", "softplus")
     assert converted[5].prior == bf.Normal(0.0, 2.0) and converted[5].bias_prior == bf.Normal(0.0, 3.0)
     torch.testing.assert_close(converted[5].weight_sigma, torch.full((3, 8), 0.05))
+    model = network()
+    converted = bf.to_variational(model, prior=bf.Normal(0.0, 2.0), init="moped", options={
+        "5": {"prior": bf.Normal(0.0, 0.5), "init": "zeros"}, "4.0": {"delta": 0.3}, "4.1": {"bias_prior": bf.Normal(0.0, 3.0)}})
+    assert converted[5].prior == converted[5].bias_prior == bf.Normal(0.0, 0.5) and not converted[5].weight_mu.any()
+    assert [converted[4][1].prior.scale, converted[4][1].bias_prior.scale, converted[4][0].bias_prior.scale] == [2.0, 3.0, 2.0]
+    w = model[4][0].weight.detach()
+    torch.testing.assert_close(converted[4][0].weight_sigma[w.abs() > 0.01], 0.3 * w.abs()[w.abs() > 0.01])
 
 
 def test_ties_stay_tied():
@@ -121,6 +129,73 @@ def test_ties_stay_tied():
     with bf.sampling(converted, seed=1):
         assert torch.equal(converted[0](x) - converted[0](torch.zeros(1, 3)), converted[0](x) - converted[0](torch.zeros(1, 3)))
     torch.testing.assert_close(bf.draw(converted, 1)[0].weight, bf.draw(converted, 1)[1].weight)
+
+
+def test_an_embedding_and_its_head_stay_tied():
+    model = nn.Sequential(nn.Embedding(7, 3), nn.Linear(3, 7, bias=False))
+    model[1].weight = model[0].weight
+    converted = bf.to_variational(model, init="moped")
+    assert converted[0].weight_mu is converted[1].weight_mu and converted[0].weight_rho is converted[1].weight_rho
+    network = bf.draw(converted, 1)
+    assert torch.equal(network[0].weight, network[1].weight)
+    torch.testing.assert_close(bf.kl_divergence(converted), bf.kl_divergence(converted[0]))
+    back = bf.to_deterministic(converted)
+    assert back[0].weight is back[1].weight and torch.equal(back[0].weight, model[0].weight)
+
+
+def test_what_is_shared_or_held_fast_is_so_in_the_means():
+    attention = nn.MultiheadAttention(4, 2, bias=False)
+    model = nn.ModuleList([attention, nn.Linear(4, 4), nn.LSTM(4, 4), bf.Variational(nn.Sequential(nn.Linear(2, 2), nn.Tanh()))])
+    model[1].weight = attention.out_proj.weight
+    attention.in_proj_weight.requires_grad_(False), model[2].weight_hh_l0.requires_grad_(False)
+    back = bf.to_deterministic(bf.to_variational(model, init="moped"))
+    assert back[1].weight is back[0].out_proj.weight and back[1].weight.requires_grad
+    assert not back[0].in_proj_weight.requires_grad and not back[2].weight_hh_l0.requires_grad
+    x = torch.randn(3, 1, 4)
+    assert torch.equal(back[2](x)[0], model[2](x)[0]) and torch.equal(back[0](x, x, x)[0], model[0](x, x, x)[0])
+
+
+class Remembers(nn.Module):
+    """A method of its own is the hook of its layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.seen = nn.Linear(3, 3), []
+        self.fc.register_forward_hook(self.remember)
+        self.fc.register_full_backward_hook(lambda module, inputs, outputs: self.seen.append("gradient"))
+
+    def remember(self, module, inputs, output):
+        self.seen.append("output")
+
+    def forward(self, x):
+        return self.fc(x)
+
+
+def test_hooks_are_the_copys_own():
+    model, x = Remembers(), torch.randn(2, 3, requires_grad=True)
+    converted = bf.to_variational(model)
+    converted(x).sum().backward()
+    assert converted.seen == ["output"] and model.seen == ["gradient"]  # a function that is no method belongs to both
+    model.seen.clear()
+    bf.to_variational(model, inplace=True)(x).sum().backward()
+    assert model.seen == ["output", "gradient"]
+
+
+@pytest.mark.parametrize("layers", [None, nn.Linear, nn.LayerNorm, nn.MultiheadAttention, "layers.1.*", "layers.1.linear2",
+                                    "layers.1.self_attn", lambda name, module: isinstance(module, nn.Linear)])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_transformers_in_part_and_with_padding(layers, padded):
+    """In evaluation mode without gradients, where torch would take its fused path."""
+    torch.manual_seed(0)
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2).eval()
+    converted = bf.to_variational(model, layers, init="moped")
+    padding = torch.arange(5) >= torch.tensor([[5], [3], [2]]) if padded else None
+    x = torch.randn(3, 5, 8)
+    with torch.no_grad(), bf.sampling(converted, mean=True):
+        found, expected = converted(x, src_key_padding_mask=padding), model(x, src_key_padding_mask=padding)
+    keep = slice(None) if padding is None else ~padding
+    torch.testing.assert_close(found[keep], expected[keep], rtol=1e-4, atol=1e-5)
 
 
 def test_a_transformer_trains_and_predicts():
@@ -139,12 +214,66 @@ def test_a_transformer_trains_and_predicts():
     torch.testing.assert_close(found.samples[2], bf.draw(encoder.eval(), 0, first_sample=2)(source), rtol=1e-4, atol=1e-5)
 
 
+class Reads(nn.Module):
+    """Takes the weight of a child."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(3, 3)
+
+    def forward(self, x):
+        return x @ self.fc.weight.T
+
+
+def test_a_module_that_reads_its_childs_weight():
+    model, x = nn.Sequential(Reads(), nn.Linear(3, 2)), torch.randn(4, 3)
+    with pytest.raises(AttributeError, match=r"bnn_fast\.Variational\(module\) draws the parameters of a module that takes the weight"):
+        bf.to_variational(model)(x)
+    model[0] = bf.Variational(model[0])  # the remedy, after which the rest can be converted
+    converted = bf.to_variational(model)
+    assert [type(module).__name__ for module in converted] == ["Variational", "VariationalLinear"]
+    assert not torch.equal(converted(x), converted(x))
+    assert bf.predict(converted, x, n_samples=3).samples.shape == (3, 4, 2)
+
+
+def pruned() -> nn.Module:
+    model = nn.Sequential(nn.Linear(2, 2))
+    prune.l1_unstructured(model[0], "weight", 0.5)
+    return model
+
+
+def with_parametrized_projection() -> nn.Module:
+    attention = nn.MultiheadAttention(4, 2)
+    nn.utils.parametrizations.weight_norm(attention.out_proj)
+    return attention
+
+
+def half_tied() -> nn.Module:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    model[1].weight = model[0].weight
+    return model
+
+
+def test_what_had_been_parametrized_is_converted():
+    model = pruned()
+    prune.remove(model[0], "weight")  # the weight now comes after the bias
+    assert torch.equal(bf.to_variational(model, init="moped")[0].weight_mu, model[0].weight)
+
+
 @pytest.mark.parametrize("call, error, message", [
     (lambda: bf.to_variational(network(), "6"), ValueError, "layers: expected names, patterns or classes of layers among 0, 1, 4.0"),
     (lambda: bf.to_variational(network(), 3), TypeError, "layers: expected None, 'last', names"),
     (lambda: bf.to_variational(network(), lambda name, module: True), ValueError, "layers: expected layers that have a counterpart"),
     (lambda: bf.to_variational(nn.ReLU()), ValueError, r"bnn_fast\.Variational\(module\)"),
     (lambda: bf.to_variational(nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))), ValueError, "parametrized: remove that"),
+    (lambda: bf.to_variational(pruned()), ValueError, "given '0', whose are parametrized: remove that first.*weight_orig.*prune.remove"),
+    (lambda: bf.to_variational(nn.utils.weight_norm(nn.Linear(2, 2))), ValueError, "weight_g.*remove_weight_norm"),
+    (lambda: bf.to_variational(with_parametrized_projection()), ValueError, "out_proj_weight"),
+    (lambda: bf.to_variational(nn.Sequential(nn.Linear(2, 2), nn.LazyLinear(2))), ValueError, "given '1', a lazy one: call the model once"),
+    (lambda: bf.to_variational(half_tied(), "last"), ValueError, "given '1' without '0', which has it as 'weight': choose both"),
+    (lambda: bf.to_variational(half_tied(), options={"1": {"scale": "exp"}}), ValueError, "scale: expected one for layers that share"),
+    (lambda: bf.to_variational(network(), options={"7": {}}), ValueError, "options: expected patterns of layers among 0, 1, 4.0.*'7'"),
+    (lambda: bf.to_variational(network(), options={"5": 0.1}), TypeError, "options: expected a dictionary of dictionaries"),
     (lambda: bf.to_variational(nn.Linear(2, 2), inplace=True), ValueError, "inplace: expected False"),
     (lambda: bf.to_variational(network(), init="best"), ValueError, "init: expected one of .*'moped'"),
     (lambda: bf.to_variational(network(), prior=1.0), TypeError, "prior: expected a Normal or a function"),
