@@ -8,10 +8,12 @@ from .checks import check_parameters
 from .conversion import import_from, import_state_dict, to_deterministic, to_variational
 from .inference.divergence import kl_divergence
 from .inference.elbo import ELBO
+from .inference.families import LaplaceNoise, NegativeBinomial, Poisson, StudentTNoise
 from .inference.likelihoods import Bernoulli, Categorical, Gaussian, HeteroscedasticGaussian
+from .inference.mixture import FamilyPrediction, GaussianPrediction, MixturePrediction
 from .inference.posteriors import posterior, set_prior
 from .inference.predict import predict
-from .inference.prediction import ClassPrediction, GaussianPrediction, Prediction
+from .inference.prediction import ClassPrediction, Prediction
 from .inference.pruning import prune, signal_to_noise
 from .inference.sampling import draw, freeze, mc_forward, sampling, unfreeze
 from .inference.schedules import blundell_weights, linear_warmup
@@ -31,8 +33,9 @@ for _module in (functional, initialisation, reference):
     sys.modules[f"{__name__}.{_module.__name__.rpartition('.')[2]}"] = _module
 
 __all__ = [
-    "Bernoulli", "Categorical", "ClassPrediction", "ELBO", "Gaussian", "GaussianPrediction",
-    "HeteroscedasticGaussian", "NoisyLinear", "Normal", "Prediction", "Variational", "VariationalBatchNorm1d",
+    "Bernoulli", "Categorical", "ClassPrediction", "ELBO", "FamilyPrediction", "Gaussian", "GaussianPrediction",
+    "HeteroscedasticGaussian", "LaplaceNoise", "MixturePrediction", "NegativeBinomial", "NoisyLinear", "Normal", "Poisson", "Prediction",
+    "StudentTNoise", "Variational", "VariationalBatchNorm1d",
     "VariationalBatchNorm2d", "VariationalBatchNorm3d", "VariationalBilinear", "VariationalConv1d",
     "VariationalConv2d", "VariationalConv3d", "VariationalConvTranspose1d", "VariationalConvTranspose2d",
     "VariationalConvTranspose3d", "VariationalEmbedding", "VariationalEmbeddingBag", "VariationalGRU", "VariationalGRUCell", "VariationalGroupNorm",

@@ -15,7 +15,8 @@ from torch import Tensor
 from . import checks
 
 __all__ = ["nll", "rmse", "brier_score", "expected_calibration_error", "reliability_bins",
-           "selective_accuracy", "interval_coverage", "sharpness", "crps_gaussian", "crps_samples"]
+           "adaptive_calibration_error", "temperature", "tempered", "selective_accuracy", "risk_coverage_curve",
+           "area_under_risk_coverage", "auroc", "fpr95", "interval_coverage", "sharpness", "crps_gaussian", "crps_samples"]
 
 
 def nll(prediction, targets: Tensor) -> Tensor:
@@ -74,6 +75,55 @@ def reliability_bins(probs, targets: Tensor, bins: int = 10) -> tuple[Tensor, Te
     return confidences / count, accuracies / count, count / max(len(hits), 1)
 
 
+def adaptive_calibration_error(probs, targets: Tensor, bins: int = 15) -> Tensor:
+    """The same as `expected_calibration_error` with bins of equally many rows (to one), in the order of their confidence, of which none is
+    empty and none decides alone (Nguyen and O'Connor, "Posterior calibration and exploratory analysis for natural language
+    processing models", 2015).
+    """
+    checks.positive_int("bins", bins)
+    confidence, hits = _guesses(probs, targets)
+    order = confidence.argsort(stable=True)
+    parts = zip(confidence[order].tensor_split(bins), hits[order].tensor_split(bins))
+    gaps = [(c.mean() - h.mean()).abs() * len(c) for c, h in parts if len(c)]
+    return torch.stack(gaps).sum() / len(hits) if gaps else confidence.new_tensor(math.nan)
+
+
+def temperature(probs, targets: Tensor) -> Tensor:
+    """The temperature, 0-d and positive, at which `tempered` probabilities have the least NLL on held-out targets (Guo et al., "On
+    calibration of modern neural networks", 2017): above 1 where the model was too sure. From 1/1000 to 1000, in float64.
+    """
+    probs, binary = _probs(probs, targets)
+    log_p = _log_probs(probs.detach().double(), binary).reshape(-1, 2 if binary else probs.shape[-1])
+    index = targets.reshape(-1, 1).long()
+    low, high = log_p.new_tensor(-math.log(1000.0)), log_p.new_tensor(math.log(1000.0))
+
+    def slope(log_t: Tensor) -> Tensor:
+        scaled = log_p * (-log_t).exp()
+        p = scaled.softmax(-1)  # the NLL is convex in 1 / T: its derivative there is mean(E log p - log p[target])
+        return ((p * log_p).sum(-1) - log_p.gather(-1, index).squeeze(-1)).mean()
+
+    for _ in range(60):
+        middle = 0.5 * (low + high)
+        hotter = slope(middle) > 0.0  # less NLL at a smaller 1 / T
+        low, high = torch.where(hotter, middle, low), torch.where(hotter, high, middle)
+    return (0.5 * (low + high)).exp().to(probs.dtype)
+
+
+def tempered(probs, temperature: float | Tensor, binary: bool = False) -> Tensor:
+    """Class probabilities p^(1 / temperature), normalised: those of logits divided by it. probs: a `ClassPrediction` or a tensor
+    [N, ..., C]; or, if binary, [N, ...], the probability of 1.
+    """
+    checks.flags(binary=binary)
+    probs = getattr(probs, "probs", probs)
+    if not isinstance(probs, Tensor) or not probs.is_floating_point():
+        raise TypeError(f"probs: expected a ClassPrediction or a floating-point tensor, given {checks.describe(probs)}")
+    value = temperature.item() if isinstance(temperature, Tensor) and temperature.numel() == 1 else temperature
+    if not checks.is_number(value) or not 0.0 < value < math.inf:
+        raise ValueError(f"temperature: expected a positive number, given {checks.describe(temperature)}")
+    found = (_log_probs(probs.double(), binary) / value).softmax(-1)
+    return (found[..., 1] if binary else found).to(probs.dtype)
+
+
 def selective_accuracy(probs, targets: Tensor, coverage: float = 1.0) -> Tensor:
     """Accuracy on the ceil(coverage N) rows of the largest confidence, 0 < coverage <= 1: what is right where
     the model answers only when it is sure (El-Yaniv and Wiener, "On the foundations of noise-free selective
@@ -85,6 +135,47 @@ def selective_accuracy(probs, targets: Tensor, coverage: float = 1.0) -> Tensor:
     surest = confidence.argsort(descending=True, stable=True)
     # 1e-9: a coverage of 0.07 of 100 rows is 7, not 8
     return hits[surest[:math.ceil(coverage * len(hits) - 1e-9)]].mean()
+
+
+def risk_coverage_curve(probs, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """(coverage, risk) [N]: the share of the rows that are answered, the surest first, and the share of those that is wrong (El-Yaniv and
+    Wiener 2010). The largest coverage whose risk is at most the wanted one tells below which confidence to reject.
+    """
+    confidence, hits = _guesses(probs, targets)
+    wrong = 1.0 - hits[confidence.argsort(descending=True, stable=True)]
+    number = torch.arange(1, len(wrong) + 1, dtype=wrong.dtype, device=wrong.device)
+    return number / max(len(wrong), 1), wrong.cumsum(0) / number
+
+
+def area_under_risk_coverage(probs, targets: Tensor) -> Tensor:
+    """The mean risk over all coverages, from 0 to 1, less being better (Geifman et al., "Bias-reduced uncertainty estimation for deep
+    neural classifiers", 2019).
+    """
+    return risk_coverage_curve(probs, targets)[1].mean()
+
+
+def auroc(scores: Tensor, targets: Tensor) -> Tensor:
+    """The probability that a positive has a higher score than a negative, one half where they are equal: the area under the receiver
+    operating characteristic (Hanley and McNeil 1982). scores [N] are higher where the row is rather positive, as the entropy
+    of a prediction is out of distribution; targets [N] are 0 or 1, or bool. nan unless there are both.
+    """
+    scores, positive = _scored(scores, targets)
+    _, place, count = scores.unique(return_inverse=True, return_counts=True)
+    ranks = (count.cumsum(0) - 0.5 * (count - 1)).double()[place]  # from 1, those of equal scores averaged
+    p, n = positive.sum().double(), (~positive).sum().double()
+    return ((ranks[positive].sum() - 0.5 * p * (p + 1.0)) / (p * n)).to(scores.dtype)
+
+
+def fpr95(scores: Tensor, targets: Tensor) -> Tensor:
+    """The share of the negatives that score at least as high as the threshold which 95 % of the positives reach (Liang et al.,
+    "Enhancing the reliability of out-of-distribution image detection in neural networks", 2018). Arguments as of `auroc`.
+    """
+    scores, positive = _scored(scores, targets)
+    ordered = scores[positive].sort(descending=True).values
+    if not len(ordered):
+        return scores.new_tensor(math.nan)
+    threshold = ordered[math.ceil(0.95 * len(ordered) - 1e-9) - 1]
+    return (scores[~positive] >= threshold).to(scores.dtype).mean()
 
 
 def interval_coverage(low: Tensor, high: Tensor, targets: Tensor) -> Tensor:
@@ -113,13 +204,14 @@ def crps_gaussian(mean: Tensor, std: Tensor, targets: Tensor) -> Tensor:
     return (error * torch.erf(z * math.sqrt(0.5)) + std * (2.0 * density - 1.0 / math.sqrt(math.pi))).mean()
 
 
-def crps_samples(samples: Tensor, targets: Tensor) -> Tensor:
+def crps_samples(samples: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
     """Continuous ranked probability score of the empirical distribution of S draws, mean over all rows and
-    outputs; samples [S, N, ...], targets [N, ...].
+    outputs, or with reduction="none" each; samples [S, N, ...], targets [N, ...].
 
     1/S sum_i |x_i - y| - 1/(2 S^2) sum_ij |x_i - x_j|  (Gneiting and Raftery 2007, equation 21), the double
     sum taken over the sorted draws as 2 sum_i (2 i - S - 1) x_(i).
     """
+    checks.choice("reduction", reduction, {"mean": 0, "none": 1})
     if not isinstance(targets, Tensor):
         raise TypeError(f"targets: expected a tensor [N, ...], given {checks.describe(targets)}")
     if not isinstance(samples, Tensor) or samples.dim() == 0 or samples.shape[1:] != targets.shape:
@@ -128,7 +220,8 @@ def crps_samples(samples: Tensor, targets: Tensor) -> Tensor:
     n = len(samples)
     weights = torch.arange(1 - n, n, 2, dtype=samples.dtype, device=samples.device) / n ** 2
     spread = torch.tensordot(weights, samples.sort(0).values, dims=1)
-    return ((samples - targets).abs().mean(0) - spread).mean()
+    score = (samples - targets).abs().mean(0) - spread
+    return score.mean() if reduction == "mean" else score
 
 
 def _probs(prediction, targets: Tensor) -> tuple[Tensor, bool]:
@@ -156,6 +249,26 @@ def _probs(prediction, targets: Tensor) -> tuple[Tensor, bool]:
         raise ValueError(f"targets: expected classes 0 to {highest}, "
                          f"given {targets.min().item()} to {targets.max().item()}")
     return probs, binary
+
+
+def _log_probs(probs: Tensor, binary: bool) -> Tensor:
+    """[..., C], the logarithms; of a class without any probability that of the smallest number, which is not infinite."""
+    both = torch.stack([1.0 - probs, probs], dim=-1) if binary else probs
+    return both.clamp(min=torch.finfo(both.dtype).tiny).log()
+
+
+def _scored(scores, targets) -> tuple[Tensor, Tensor]:
+    """(scores [N], which are positive)."""
+    if not isinstance(scores, Tensor) or not scores.is_floating_point():
+        raise TypeError(f"scores: expected a floating-point tensor [N], given {checks.describe(scores)}")
+    if not isinstance(targets, Tensor) or targets.shape != scores.shape or scores.dim() != 1:
+        raise ValueError(f"targets: expected a tensor of 0 and 1 in the shape [N] of scores {list(scores.shape)}, "
+                         f"given {checks.describe(targets)}")
+    if scores.isnan().any():
+        raise ValueError("scores: expected numbers, given nan among them")
+    if targets.dtype != torch.bool and not ((targets == 0) | (targets == 1)).all():
+        raise ValueError("targets: expected 0 and 1 alone, given others")
+    return scores, targets.bool()
 
 
 def _guesses(prediction, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from .. import checks
 from ..layers.base import named_layers
 from .evaluation import evaluation
-from .prediction import Prediction, prediction_class
+from .mixture import prediction_class
+from .prediction import Prediction
 from .sampling import Draws, repeated, single
 
 __all__ = ["predict"]

@@ -9,12 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from .. import checks, metrics
-from .likelihoods import Bernoulli, Categorical, Gaussian, HeteroscedasticGaussian
+from .likelihoods import Bernoulli
 
-__all__ = ["Prediction", "GaussianPrediction", "ClassPrediction"]
+__all__ = ["Prediction", "ClassPrediction"]
 
 _BLOCK = 2 ** 20        # outputs of draws that are looked at together
-_TOLERANCE = 1e-8       # of a quantile's last step, in the smallest standard deviation of the noise
 
 
 class Prediction:
@@ -77,9 +76,10 @@ class Prediction:
         """P(Y <= y) of the predictive distribution [B, ...] at y [B, ...], mean's shape: the share of the
         draws up to y.
         """
-        return self._over_rows(self._cdf, _like(y, self.mean)).to(self._dtype)
+        return self._over_rows(self._cdf, like(y, self.mean)).to(self._dtype)
 
     _open = ""
+    _made_of_one = 1    # numbers that are made of one output at a time
 
     def _allowed(self, levels: Tensor) -> Tensor:
         return (levels >= 0.0) & (levels <= 1.0)
@@ -90,15 +90,7 @@ class Prediction:
 
     def _quantiles(self, outputs: Tensor, levels: list[float]) -> Tensor:
         """[Q, B, ...] of outputs [S, B, ...]."""
-        values = self.terms(outputs, self._likelihood)[0].movedim(0, -1).contiguous()
-        # numpy's sort is many times faster than torch's on a CPU
-        ordered = torch.from_numpy(np.sort(values.numpy())) if values.is_cpu else values.sort(-1).values
-        found = []
-        for level in levels:
-            position = level * (self.n_samples - 1)
-            low, high = ordered[..., math.floor(position)], ordered[..., math.ceil(position)]
-            found.append(torch.lerp(low, high, position - math.floor(position)))
-        return torch.where(ordered[..., -1].isnan(), math.nan, torch.stack(found))  # nan is sorted to the end
+        return quantiles(self.terms(outputs, self._likelihood)[0], levels)
 
     def _cdf(self, outputs: Tensor, y: Tensor) -> Tensor:
         return (self.terms(outputs, self._likelihood)[0] <= y).double().mean(0)
@@ -116,91 +108,12 @@ class Prediction:
         """function(outputs [S, b, ...], *beside [b, ...]) for some rows at a time, joined at `dim`."""
         outputs = self._kept()
         rows = outputs.shape[1]
-        step = max(1, _BLOCK * rows // max(outputs.numel(), 1))
+        step = max(1, _BLOCK * rows // max(outputs.numel() * self._made_of_one, 1))
         return torch.cat([function(outputs[:, i:i + step], *(t[i:i + step] for t in beside))
                           for i in range(0, max(rows, 1), step)], dim=dim)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(n_samples={self.n_samples}, shape={list(self._moments.mean.shape)})"
-
-
-class GaussianPrediction(Prediction):
-    """The distribution of a new target y under a Gaussian likelihood: a mixture of S Gaussians.
-
-    mean: [B, ...].
-    epistemic, aleatoric: [B, ...], the parts of the variance, which add up to std^2: that of the drawn means
-        (dividing by S - 1), and the noise's, averaged over the draws.
-    std: [B, ...], with the noise.
-    samples: [S, B, ...], the drawn means, without the noise.
-
-    `quantile`, `interval` and `cdf` are those of the mixture, with the noise.
-    """
-
-    @staticmethod
-    def terms(outputs: Tensor, likelihood: nn.Module) -> tuple[Tensor, Tensor]:
-        """Means and variances of the Gaussians."""
-        if isinstance(likelihood, Gaussian):
-            variance = likelihood.scale.detach().double().square().to(outputs.device)
-            return outputs, variance.expand_as(outputs)
-        if outputs.dim() < 3 or outputs.shape[-1] % 2:
-            raise ValueError("model: expected outputs [B, ..., 2 D], means and then log-variances, "
-                             f"given {list(outputs.shape[1:])}")
-        mean, log_variance = outputs.chunk(2, dim=-1)
-        return mean, log_variance.double().exp()
-
-    @property
-    def epistemic(self) -> Tensor:
-        return super()._variance().to(self._dtype)
-
-    @property
-    def aleatoric(self) -> Tensor:
-        return self._moments.spread.to(self._dtype)
-
-    def quantile(self, q: float | list[float] | Tensor) -> Tensor:
-        """The q-quantile of a new target: [B, ...] for a number q, [Q, B, ...] for Q of them, each between 0
-        and 1.
-
-        The root of the mixture's distribution function, by Newton steps that fall back to bisection (Press et
-        al., "Numerical Recipes", section 9.4), in float64.
-        """
-        return super().quantile(q)
-
-    def cdf(self, y: Tensor) -> Tensor:
-        """P(Y <= y) [B, ...] of a new target Y at y [B, ...], mean's shape."""
-        return super().cdf(y)
-
-    def log_prob(self, targets: Tensor) -> Tensor:
-        """log p(targets) [B], the logarithm of the mixture's density, jointly over the outputs of a row:
-        log 1/S sum_s prod_d N(y_d; mean_sd, sd_sd^2). targets as the likelihood takes them.
-        """
-        def of_rows(outputs: Tensor, y: Tensor) -> Tensor:
-            return -self._likelihood(outputs.double(), y.double())
-
-        targets = _like(targets, self.mean, "targets")
-        with torch.no_grad():
-            by_draw = self._over_rows(of_rows, targets, dim=1)
-        return (by_draw.logsumexp(0) - math.log(self.n_samples)).to(self._dtype)
-
-    _open = ", the ends excluded"
-
-    def _allowed(self, levels: Tensor) -> Tensor:
-        return (levels > 0.0) & (levels < 1.0)
-
-    def _variance(self) -> Tensor:
-        return super()._variance() + self._moments.spread
-
-    def _components(self, outputs: Tensor) -> tuple[Tensor, Tensor]:
-        """Means and standard deviations [S, b, ...], in float64; an underflowed one is not quite 0."""
-        mean, variance = self.terms(outputs, self._likelihood)
-        return mean.double(), variance.sqrt().clamp(min=torch.finfo(torch.float32).tiny)
-
-    def _cdf(self, outputs: Tensor, y: Tensor) -> Tensor:
-        mean, scale = self._components(outputs)
-        return _normal_cdf((y - mean) / scale).mean(0)
-
-    def _quantiles(self, outputs: Tensor, levels: list[float]) -> Tensor:
-        mean, scale = self._components(outputs)
-        return torch.stack([_mixture_quantile(mean, scale, level) for level in levels])
 
 
 class ClassPrediction(Prediction):
@@ -248,47 +161,26 @@ class ClassPrediction(Prediction):
         return metrics.selective_accuracy(self.probs, targets, coverage)
 
 
-def prediction_class(likelihood: nn.Module | None) -> type[Prediction]:
-    if likelihood is None:
-        return Prediction
-    if isinstance(likelihood, (Gaussian, HeteroscedasticGaussian)):
-        return GaussianPrediction
-    if isinstance(likelihood, (Bernoulli, Categorical)):
-        return ClassPrediction
-    raise TypeError("likelihood: expected None, Gaussian, HeteroscedasticGaussian, Bernoulli or Categorical, "
-                    f"given {checks.describe(likelihood)}")
-
-
 def _entropy(probs: Tensor, likelihood: nn.Module) -> Tensor:
     if isinstance(likelihood, Bernoulli):
         return torch.special.entr(probs) + torch.special.entr(1.0 - probs)
     return torch.special.entr(probs).sum(-1)
 
 
-def _normal_cdf(z: Tensor) -> Tensor:
-    return 0.5 * torch.erfc(z * -math.sqrt(0.5))  # faster than ndtr, as accurate in the tails
+def quantiles(values: Tensor, levels: list[float]) -> Tensor:
+    """[Q, ...] of values [n, ...], interpolated linearly between neighbours."""
+    values = values.movedim(0, -1).contiguous()
+    # numpy's sort is many times faster than torch's on a CPU
+    ordered = torch.from_numpy(np.sort(values.numpy())) if values.is_cpu else values.sort(-1).values
+    found = []
+    for level in levels:
+        position = level * (values.shape[-1] - 1)
+        low, high = ordered[..., math.floor(position)], ordered[..., math.ceil(position)]
+        found.append(torch.lerp(low, high, position - math.floor(position)))
+    return torch.where(ordered[..., -1].isnan(), math.nan, torch.stack(found))  # nan is sorted to the end
 
 
-def _mixture_quantile(mean: Tensor, scale: Tensor, level: float) -> Tensor:
-    """The root t [...] of 1/S sum_s Phi((t - mean_s) / scale_s) = level, for mean and scale [S, ...]."""
-    ends = mean + torch.special.ndtri(torch.tensor(level, dtype=torch.float64)).item() * scale
-    low, high = ends.amin(0), ends.amax(0)  # the mixture's quantile lies between those of its parts
-    t, step, smallest = ends.mean(0), high - low, _TOLERANCE * scale.amin(0)
-    for _ in range(200):  # enough for bisection alone
-        z = (t - mean) / scale
-        excess = _normal_cdf(z).mean(0) - level
-        density = ((-0.5 * z.square()).exp() / scale).mean(0) / math.sqrt(2.0 * math.pi)
-        low, high = torch.where(excess < 0.0, t, low), torch.where(excess < 0.0, high, t)
-        newton = t - excess / density
-        bisect = ~((newton >= low) & (newton <= high) & ((newton - t).abs() <= 0.5 * step))
-        following = torch.where(bisect, 0.5 * (low + high), newton)
-        step, t = (following - t).abs(), following
-        if (step <= smallest + 1e-15 * t.abs()).all():
-            break
-    return t
-
-
-def _like(y: Tensor, mean: Tensor, name: str = "y") -> Tensor:
+def like(y: Tensor, mean: Tensor, name: str = "y") -> Tensor:
     if not isinstance(y, Tensor) or y.shape != mean.shape:
         raise ValueError(f"{name}: expected a tensor {list(mean.shape)}, given {checks.describe(y)}")
     return y.to(mean.device)
