@@ -9,11 +9,12 @@ from .conversion import to_deterministic, to_variational
 from .inference.divergence import kl_divergence
 from .inference.elbo import ELBO
 from .inference.likelihoods import Bernoulli, Categorical, Gaussian, HeteroscedasticGaussian
+from .inference.passes import mc_forward
 from .inference.posteriors import posterior, set_prior
 from .inference.predict import predict
 from .inference.prediction import ClassPrediction, GaussianPrediction, Prediction
 from .inference.pruning import prune, signal_to_noise
-from .inference.sampling import draw, freeze, mc_forward, sampling, unfreeze
+from .inference.sampling import draw, freeze, sampling, unfreeze
 from .inference.schedules import blundell_weights, linear_warmup
 from .layers import (
     Variational, VariationalBatchNorm1d, VariationalBatchNorm2d, VariationalBatchNorm3d, VariationalBilinear,
