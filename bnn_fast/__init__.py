@@ -11,11 +11,12 @@ from .inference.elbo import ELBO
 from .inference.families import LaplaceNoise, NegativeBinomial, Poisson, StudentTNoise
 from .inference.likelihoods import Bernoulli, Categorical, Gaussian, HeteroscedasticGaussian
 from .inference.mixture import FamilyPrediction, GaussianPrediction, MixturePrediction
+from .inference.passes import mc_forward
 from .inference.posteriors import posterior, set_prior
 from .inference.predict import predict
 from .inference.prediction import ClassPrediction, Prediction
 from .inference.pruning import prune, signal_to_noise
-from .inference.sampling import draw, freeze, mc_forward, sampling, unfreeze
+from .inference.sampling import draw, freeze, sampling, unfreeze
 from .inference.schedules import blundell_weights, linear_warmup
 from .layers import (
     NoisyLinear, Variational, VariationalBatchNorm1d, VariationalBatchNorm2d, VariationalBatchNorm3d, VariationalBilinear,

@@ -9,9 +9,11 @@ from torch import Tensor, nn
 from .. import checks
 from ..layers.base import named_layers
 from .divergence import kl_of_pass
-from .likelihoods import rows_nll
-from .sampling import Draws, checked_seed, repeated, single
+from .likelihoods import mean_nll
+from .passes import checked_output, checked_way, drawn
+from .sampling import Draws, checked_seed
 from .schedules import Steps
+from .structure import count_rows, given
 
 __all__ = ["ELBO"]
 
@@ -29,10 +31,13 @@ class ELBO(nn.Module):
             `step` may be set, and is in the state_dict. It is an int, and a 0-d tensor under torch.compile.
         seed: pins the draws of every call to those of `mc_forward(..., seed=seed)`, as L-BFGS and line searches need, whose
             loss must be a function; `elbo.seed` may be set. None draws anew at every call, or as a context around says.
-        vectorized: False makes one call of the model a draw, as `mc_forward` does.
+        vectorized, output: as of `mc_forward`: False makes one call of the model a draw; a function that chooses the output among
+            what the model gives. Without one, a likelihood of your own is given the dictionary, tuple or dataclass.
 
-    `elbo(x, y, n_samples=1)`: x [B, ...], y the targets [B, ...] -> scalar. The NLL is summed over the
-    outputs of a row and averaged over rows and draws; one draw (of each sample) holds for a whole call.
+    `elbo(x, y, n_samples=1, weights=None)`: x [B, ...] or several inputs, as `mc_forward` takes them, y the targets [B, ...] ->
+    scalar. The NLL is summed over the outputs of a row and averaged over rows and draws; one draw (of each sample) holds for a
+    whole call. weights [B], not negative, make it a weighted mean over the rows: 0 and 1 are a mask (then n_data counts
+    the rows that are not masked). Weights of the targets' shape are those of a row's elements, in its sum.
     Afterwards `elbo.nll` and `elbo.kl` are the two parts, the KL undivided and unweighted, without their
     gradients. `elbo.parameters()` has those of the likelihood too.
 
@@ -42,10 +47,11 @@ class ELBO(nn.Module):
 
     def __init__(self, model: nn.Module, likelihood: nn.Module, n_data: int,
                  kl_weight: float | Callable[[int], float] = 1.0, *, seed: int | None = None,
-                 vectorized: bool = True):
+                 vectorized: bool | str = True, output: Callable | None = None):
         super().__init__()
         checks.module("model", model)
-        checks.flags(vectorized=vectorized)
+        vectorized = checked_way(vectorized)
+        checked_output(output)
         if isinstance(likelihood, type) or not callable(likelihood):
             raise TypeError("likelihood: expected one such as Gaussian(), or a callable like it, "
                             f"given {checks.describe(likelihood)}")
@@ -59,7 +65,7 @@ class ELBO(nn.Module):
                             f"given {checks.describe(kl_weight)}")
         checks.any_layers(model, named_layers(model), "there is no KL, and nothing is drawn")
         self.model, self.likelihood, self.n_data, self.kl_weight = model, likelihood, n_data, kl_weight
-        self.seed, self.vectorized = checked_seed(seed), vectorized
+        self.seed, self.vectorized, self.output = checked_seed(seed), vectorized, output
         self._steps = Steps()
         self.nll = self.kl = None
 
@@ -72,26 +78,21 @@ class ELBO(nn.Module):
     def step(self, number: int) -> None:
         self._steps.array[()] = checks.integer("step", number, 0)
 
-    def forward(self, x: Tensor, y: Tensor, n_samples: int = 1) -> Tensor:
+    def forward(self, x, y, n_samples: int = 1, weights: Tensor | None = None) -> Tensor:
         outputs, kl = self._pass(x, n_samples)
-        nll = rows_nll(self.likelihood, outputs, y).mean()
+        nll = mean_nll(self.likelihood, outputs, y, weights)
         object.__setattr__(self, "nll", _value(nll))  # past nn.Module, whose own takes ten times as long
         object.__setattr__(self, "kl", _value(kl))
         weight = self._weight(kl.dtype) / self.n_data
         return nll + kl * weight if isinstance(weight, Tensor) else torch.add(nll, kl, alpha=weight)
 
-    def _pass(self, x: Tensor, n_samples: int) -> tuple[Tensor, Tensor]:
+    def _pass(self, x, n_samples: int) -> tuple[object, Tensor]:
         """(outputs [S, B, ...] of the draws, the KL)."""
         n_samples = checks.positive_int("n_samples", n_samples)
-        checks.batch("x", x)
+        x = given(x)
+        count_rows(x, self.vectorized is True)
         with Draws(self.model, n_samples, self.seed) as draws:
-            if self.vectorized:
-                return repeated(self.model, x, n_samples), kl_of_pass(draws)
-            outputs, kls = [], []
-            for s in range(n_samples):
-                outputs.append(single(self.model, x, draws, s))
-                kls.append(kl_of_pass(draws))  # a sampled one is that of this draw
-            return torch.stack(outputs), sum(kls) / n_samples
+            return drawn(self.model, x, n_samples, draws, self.vectorized, self.output, kl_of_pass)
 
     def _weight(self, dtype: torch.dtype) -> float | Tensor:
         if not callable(self.kl_weight):

@@ -33,12 +33,12 @@ class Family(nn.Module):
         distribution = self.distribution(outputs)
         return distribution.mean, distribution.variance
 
-    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+    def forward(self, outputs: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
         _check_tensors(outputs, targets)
         outputs = _checked(outputs, targets, targets.shape)
         if self.counts:
             check_counts(targets)
-        return _rows(self._nll(outputs, targets.to(outputs.dtype)))
+        return _rows(self._nll(outputs, targets.to(outputs.dtype)), weights)
 
     def _nll(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return -self.distribution(outputs).log_prob(targets)

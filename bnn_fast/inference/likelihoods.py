@@ -1,6 +1,7 @@
 """Likelihoods: the negative log-likelihood of targets under a model's outputs, for each draw and row.
 
-Any callable of (outputs [S, B, ...], targets [B, ...]) that gives [S, B] may stand in for one in `ELBO`.
+Any callable of (outputs [S, B, ...], targets [B, ...]) that gives [S, B] may stand in for one in `ELBO`. The third argument of
+those here, weights [B, ...] of the targets' elements, multiplies the NLL of each before a row's are added up: 0 leaves it out.
 """
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import checks
+from .structure import sizes
 
 __all__ = ["Gaussian", "HeteroscedasticGaussian", "Bernoulli", "Categorical"]
 
@@ -41,11 +43,11 @@ class Gaussian(nn.Module):
         """The noise's standard deviation, 0-d."""
         return self.log_scale.exp()
 
-    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+    def forward(self, outputs: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
         _check_tensors(outputs, targets)
         outputs = _checked(outputs, targets, targets.shape)
         half = _half(self.log_scale).clamp(max=math.log(torch.finfo(outputs.dtype).max) - 1.0)
-        return _rows(_gaussian_nll(targets - outputs, self.log_scale, half))
+        return _rows(_gaussian_nll(targets - outputs, self.log_scale, half), weights)
 
     def extra_repr(self) -> str:
         return f"scale={self.scale.item():.6g}, learned={self.learned}"
@@ -58,7 +60,7 @@ class HeteroscedasticGaussian(nn.Module):
     `likelihood(outputs [S, B, ..., 2 D], targets [B, ..., D]) -> NLL [S, B]`.
     """
 
-    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+    def forward(self, outputs: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
         _check_tensors(outputs, targets)
         expected = (*targets.shape[:-1], 2 * targets.shape[-1]) if targets.dim() > 1 else None
         outputs = _checked(outputs, targets, expected)
@@ -66,7 +68,7 @@ class HeteroscedasticGaussian(nn.Module):
         error, log_scale = targets - mean, 0.5 * log_variance
         # where there is no error its factor does not matter, and must not be infinite
         half = torch.where(error == 0.0, 0.0, _half(log_scale))
-        return _rows(_gaussian_nll(error, log_scale, half))
+        return _rows(_gaussian_nll(error, log_scale, half), weights)
 
 
 class Bernoulli(nn.Module):
@@ -75,11 +77,11 @@ class Bernoulli(nn.Module):
     `likelihood(outputs [S, B, ...], targets [B, ...]) -> NLL [S, B]`.
     """
 
-    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+    def forward(self, outputs: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
         _check_tensors(outputs, targets)
         outputs = _checked(outputs, targets, targets.shape)
         # -log p = softplus(f) - y f, where softplus is stable
-        return _rows(F.softplus(outputs) - targets.to(outputs.dtype) * outputs)
+        return _rows(F.softplus(outputs) - targets.to(outputs.dtype) * outputs, weights)
 
 
 class Categorical(nn.Module):
@@ -89,14 +91,17 @@ class Categorical(nn.Module):
         log_probs: whether the outputs are log-probabilities.
         class_dim: the dimension of the model's outputs [B, ...] that has the classes: -1, the last one, or as in
             nn.CrossEntropyLoss 1, for [B, C, H, W] and targets [B, H, W]. Not 0, which is the batch.
+        ignore_index: targets of this value add nothing to their row's NLL (padding; the row counts among the B all the same).
 
     `likelihood(outputs [S, B, ..., C, ...], targets [B, ...] integers from 0 to C - 1) -> NLL [S, B]`. On a GPU the
-    values of the targets are not looked at.
+    values of the targets are not looked at. Targets in floating point, of the shape of a draw's outputs, are soft labels: the
+    probability of each class, whose cross-entropy is the NLL.
     """
 
-    def __init__(self, log_probs: bool = False, class_dim: int = -1):
+    def __init__(self, log_probs: bool = False, class_dim: int = -1, ignore_index: int | None = None):
         super().__init__()
         self.log_probs = log_probs
+        self.ignore_index = None if ignore_index is None else checks.integer("ignore_index", ignore_index)
         self.class_dim = checks.integer("class_dim", class_dim)
         if self.class_dim == 0:
             raise ValueError("class_dim: expected a dimension of the outputs behind the batch, which is 0, given 0")
@@ -111,35 +116,65 @@ class Categorical(nn.Module):
                              f"batch, given {self.class_dim}")
         return outputs.movedim(dim, -1)
 
-    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+    def forward(self, outputs: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
         _check_tensors(outputs, targets)
-        if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
-            raise TypeError(f"targets: expected integer classes, given {checks.describe(targets)}")
         if outputs.dim() < 3:
             raise ValueError(f"outputs: expected [S, B, ..., C], given {checks.describe(outputs)}")
+        soft = targets.is_floating_point() and targets.shape == outputs.shape[1:]
+        if not soft and (targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool):
+            raise TypeError(f"targets: expected integer classes, or probabilities {list(outputs.shape[1:])}, "
+                            f"given {checks.describe(targets)}")
         outputs = self.classes_last(outputs)
         hint = "" if self.class_dim != -1 or outputs.dim() < 4 else "; classes in another dimension need class_dim"
-        outputs = _checked(outputs, targets, (*targets.shape, outputs.shape[-1]), hint)
+        targets = self.classes_last(targets.unsqueeze(0)).squeeze(0) if soft else targets
+        outputs = _checked(outputs, targets, targets.shape if soft else (*targets.shape, outputs.shape[-1]), hint)
         log_probs = outputs if self.log_probs else outputs.log_softmax(-1)
+        if soft:
+            return _rows(-torch.where(targets == 0.0, 0.0, targets * log_probs).sum(-1), weights)
+        ignored = None if self.ignore_index is None else targets == self.ignore_index
+        targets = targets if ignored is None else targets.masked_fill(ignored, 0)
         index = targets.long().expand(outputs.shape[:-1]).unsqueeze(-1)
         try:
-            chosen = log_probs.gather(-1, index)
+            chosen = log_probs.gather(-1, index).squeeze(-1)
         except RuntimeError:
             _check_labels(targets, outputs.shape[-1])
             raise
-        return _rows(-chosen.squeeze(-1))
+        return _rows(-chosen if ignored is None else -chosen.masked_fill(ignored, 0.0), weights)
 
     def extra_repr(self) -> str:
-        return f"log_probs={self.log_probs}" + (f", class_dim={self.class_dim}" if self.class_dim != -1 else "")
+        return (f"log_probs={self.log_probs}" + (f", class_dim={self.class_dim}" if self.class_dim != -1 else "")
+                + (f", ignore_index={self.ignore_index}" if self.ignore_index is not None else ""))
 
 
-def rows_nll(likelihood, outputs: Tensor, targets: Tensor) -> Tensor:
-    """likelihood(outputs [S, B, ...], targets [B, ...]), ValueError unless it is [S, B]."""
-    nll = likelihood(outputs, targets)
-    if not isinstance(nll, Tensor) or nll.shape != outputs.shape[:2]:
-        raise ValueError(f"likelihood: expected it to give the NLL {list(outputs.shape[:2])} of each draw and row, for "
-                         f"outputs {list(outputs.shape)}, given {checks.describe(nll)}")
-    return nll
+def mean_nll(likelihood, outputs, targets, weights: Tensor | None = None) -> Tensor:
+    """The mean over draws and rows of likelihood(outputs [S, B, ...], targets), which has to be [S, B].
+
+    weights: [B] for a weighted mean over the rows; or [B, ...], which the likelihood is given. Targets of no weight are not
+        looked at: they may be anything, also nan.
+    """
+    size = sizes(outputs)
+    if weights is not None:
+        _check_weights(weights, size[-1])
+        if isinstance(targets, Tensor) and targets.shape[:weights.dim()] == weights.shape:
+            where = weights.reshape(*weights.shape, *(1,) * (targets.dim() - weights.dim()))
+            targets = torch.where(where == 0.0, torch.zeros((), dtype=targets.dtype, device=targets.device), targets)
+    of_elements = weights is not None and weights.dim() > 1
+    nll = likelihood(outputs, targets, weights) if of_elements else likelihood(outputs, targets)
+    if not isinstance(nll, Tensor) or tuple(nll.shape) != size:
+        given = f"outputs {list(outputs.shape)}" if isinstance(outputs, Tensor) else f"outputs {checks.describe(outputs)}"
+        raise ValueError(f"likelihood: expected it to give the NLL {list(size)} of each draw and row, for {given}, "
+                         f"given {checks.describe(nll)}")
+    if weights is None or of_elements:
+        return nll.mean()
+    weights = weights.to(nll.dtype)
+    return (nll.mean(0) * weights).sum() / weights.sum().clamp(min=torch.finfo(nll.dtype).tiny)
+
+
+def _check_weights(weights, rows: int) -> None:
+    if not isinstance(weights, Tensor) or weights.is_complex():
+        raise TypeError(f"weights: expected a real tensor [{rows}], or of the targets' shape, given {checks.describe(weights)}")
+    if weights.dim() == 0 or weights.shape[0] != rows:
+        raise ValueError(f"weights: expected a tensor [{rows}], or of the targets' shape, given {checks.describe(weights)}")
 
 
 def _check_tensors(outputs, targets) -> None:
@@ -177,6 +212,10 @@ def _gaussian_nll(error: Tensor, log_scale: Tensor, half: Tensor) -> Tensor:
     return torch.addcmul(log_scale + 0.5 * math.log(2.0 * math.pi), z, z)
 
 
-def _rows(nll: Tensor) -> Tensor:
-    """[S, B, ...] summed to [S, B]."""
-    return nll.sum(tuple(range(2, nll.dim()))) if nll.dim() > 2 else nll
+def _rows(nll: Tensor, weights: Tensor | None) -> Tensor:
+    """[S, B, ...], each times its weight [B, ...], summed to [S, B]."""
+    if weights is not None:
+        if not isinstance(weights, Tensor) or weights.shape != nll.shape[1:]:
+            raise ValueError(f"weights: expected a tensor {list(nll.shape[1:])}, one for each target, given {checks.describe(weights)}")
+        nll = nll * weights.to(nll.dtype)
+    return nll.flatten(2).sum(2) if nll.dim() > 2 else nll

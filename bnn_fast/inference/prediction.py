@@ -10,13 +10,14 @@ from torch import Tensor, nn
 
 from .. import checks, metrics
 from .likelihoods import Bernoulli
+from .stored import Stored
 
 __all__ = ["Prediction", "ClassPrediction"]
 
 _BLOCK = 2 ** 20        # outputs of draws that are looked at together
 
 
-class Prediction:
+class Prediction(Stored):
     """The distribution of the model's output under the posterior, from S draws.
 
     n_samples: S.
@@ -25,7 +26,8 @@ class Prediction:
     samples: [S, B, ...], the drawn outputs.
 
     All are in the outputs' dtype (float32 at least) and on their device. `samples`, `quantile`, `interval`
-    and `cdf` need the draws, which `predict` keeps up to 1 GiB: beyond, RuntimeError.
+    and `cdf` need the draws, which `predict` keeps up to 1 GiB: beyond, RuntimeError. `len(p)` is B, `p[rows]` the
+    prediction of some rows, `Prediction.cat` that of several; `to`, `save` and `Prediction.load` are below.
     """
 
     def __init__(self, outputs: Tensor | None, moments, likelihood: nn.Module | None, dtype: torch.dtype):

@@ -13,7 +13,7 @@ from ..layers.ordinary import ordinary
 from ..layers.state import fresh_keys
 from .seeds import first_with_parameters, layer_seeds
 
-__all__ = ["sampling", "mc_forward", "draw", "freeze", "unfreeze"]
+__all__ = ["sampling", "draw", "freeze", "unfreeze"]
 
 
 class sampling:
@@ -173,8 +173,7 @@ class Draws(sampling):
         repeatable = torch.is_grad_enabled()
         modes, calls = [], {}
         for mode in self._first:
-            if mode.calls is not None:  # layers that share a key share them
-                mode = mode._replace(calls=calls.setdefault(id(mode.calls), []), place=place)
+            mode = mode._replace(calls=_shared_calls(mode, calls), place=place)
             if not mode.one:
                 first = mode.first_sample + first_sample
                 key = mode.key.clone()  # earlier draws' backward passes read theirs
@@ -183,46 +182,25 @@ class Draws(sampling):
             modes.append(mode._replace(repeatable=repeatable))
         self._entries[-1].put(modes)
 
+    def keys(self, first_sample: int, n_samples: int) -> list[Tensor]:
+        """The key [n_samples, 2] of each layer that is drawn, for the draws from first_sample on."""
+        found = []
+        for mode in self._first:
+            if not mode.one:
+                found.append(mode.key.repeat(n_samples, 1))
+                found[-1][:, 1] += torch.arange(first_sample, first_sample + n_samples, device=mode.key.device)
+        return found
 
-def mc_forward(model: nn.Module, x: Tensor, n_samples: int, seed: int | None = None, *,
-               vectorized: bool = True) -> Tensor:
-    """n_samples posterior draws of the outputs: x [B, ...] -> [n_samples, B, ...].
-
-    The weights are those of `sampling(model, n_samples, seed)`; without a seed those of a context around, or a fresh seed
-    holds for the call. Layers with another estimator than "weight" use it. All draws are made in one call of `model`, on x repeated along dimension 0, which has to be the
-    batch in every module of it; ValueError if the output has another size there.
-
-    vectorized: False makes one call a draw, on x itself, for models whose dimension 0 is something else (time, the nodes
-        of a graph). The output may then have any shape.
-
-    `predict` does the same in pieces, for any number of draws.
-    """
-    checks.flags(vectorized=vectorized)
-    n_samples = checks.positive_int("n_samples", n_samples)
-    checks.batch("x", x)
-    with Draws(model, n_samples, seed) as draws:
-        if vectorized:
-            return repeated(model, x, n_samples)
-        return torch.stack([single(model, x, draws, s) for s in range(n_samples)])
+    def move_to(self, keys: list[Tensor], place: tuple[int, int] | None = None) -> None:
+        """Go on to one draw, of these keys: those of `keys`, of which torch.vmap takes one at a time."""
+        rest, calls = iter(keys), {}
+        self._entries[-1].put([mode if mode.one else mode._replace(
+            n_samples=1, key=next(rest), repeatable=False, calls=_shared_calls(mode, calls), place=place) for mode in self._first])
 
 
-def repeated(model: nn.Module, x: Tensor, n_samples: int) -> Tensor:
-    """model on x [B, ...] repeated n_samples times along dimension 0, as [n_samples, B, ...]."""
-    y = model(x if n_samples == 1 else x.expand(n_samples, *x.shape).flatten(0, 1))
-    rows = x.shape[0]
-    if not isinstance(y, Tensor) or y.dim() == 0 or y.shape[0] != n_samples * rows:
-        raise ValueError(f"model: expected an output with {n_samples} * {rows} rows in dimension 0, "
-                         f"given {checks.describe(y)} for x {list(x.shape)}")
-    return y.reshape(n_samples, rows, *y.shape[1:])
-
-
-def single(model: nn.Module, x: Tensor, draws: Draws, s: int, place: tuple[int, int] | None = None) -> Tensor:
-    """model on x under draw s alone."""
-    draws.move(s, 1, place)
-    y = model(x)
-    if not isinstance(y, Tensor):
-        raise TypeError(f"model: expected a tensor as output, given {checks.describe(y)}")
-    return y
+def _shared_calls(mode: Mode, new: dict[int, list]) -> list | None:
+    """An empty list in place of the mode's; layers that share a key share it."""
+    return None if mode.calls is None else new.setdefault(id(mode.calls), [])
 
 
 @torch.no_grad()

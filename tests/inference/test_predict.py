@@ -12,7 +12,7 @@ from torch import nn
 
 import bnn_fast as bf
 
-predict_module = sys.modules["bnn_fast.inference.predict"]
+predict_module, blocks_module = (sys.modules[f"bnn_fast.inference.{name}"] for name in ("predict", "blocks"))
 
 
 @pytest.fixture
@@ -66,8 +66,8 @@ def test_noise_is_the_same_bit_for_bit_however_it_is_chunked(twin, batch_size):
 
 
 def test_mean_and_standard_deviation_are_exact_over_many_chunks(monkeypatch):
-    monkeypatch.setattr(predict_module, "_BLOCK", 50)
-    monkeypatch.setattr(predict_module, "KEPT_BYTES", 0)
+    monkeypatch.setattr(blocks_module, "_BLOCK", 50)
+    monkeypatch.setattr(blocks_module, "KEPT_BYTES", 0)
 
     class Far(nn.Module):
         """Outputs with a mean 10^8 times their deviation."""
@@ -120,7 +120,7 @@ def test_more_dimensions_no_rows_and_one_draw(twin, x):
 
 def test_memory_does_not_grow_with_the_draws(monkeypatch):
     """Neither the rows of a call nor the draws that are held."""
-    monkeypatch.setattr(predict_module, "KEPT_BYTES", 4 * 11 * 5 * 3 - 1)
+    monkeypatch.setattr(blocks_module, "KEPT_BYTES", 4 * 11 * 5 * 3 - 1)
     spy = Spy()
     found = bf.predict(spy, torch.eye(5), n_samples=11, batch_size=10)
     assert found.mean.shape == found.std.shape == (5, 3) and max(spy.rows) == 10

@@ -1,0 +1,141 @@
+"""The part of a model that is the same in all draws, and so runs once for them."""
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from .. import checks
+from ..layers.base import VariationalLayer, named_layers
+from .structure import call, flatten, with_rows
+
+_RANDOM = (nn.modules.dropout._DropoutNd, nn.RReLU, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d)
+
+
+class Rest:
+    """The modules that make the outputs from what the draws share; called like a model with that, repeated or not.
+
+    names: of the last inputs, those that the first module takes as keywords.
+    """
+
+    def __init__(self, modules: list[nn.Module], shared, names: tuple[str, ...] = ()):
+        self.modules, self.names = modules, names
+        # A layer leaves its inputs as they are; what else comes first may work in place, and the next draw needs them.
+        self._kept = set() if isinstance(modules[0], VariationalLayer) else {id(t) for t in flatten(shared)[0]}
+
+    def __call__(self, *inputs):
+        if self._kept:
+            inputs = with_rows(lambda t: t.clone() if id(t) in self._kept else t, inputs)
+        positional = len(inputs) - len(self.names)
+        y = self.modules[0](*inputs[:positional], **dict(zip(self.names, inputs[positional:])))
+        for module in self.modules[1:]:
+            y = module(y)
+        return y
+
+
+def shared(model: nn.Module, x) -> tuple[Callable, object]:
+    """(what is to be called for the draws, with what): the children of an nn.Sequential before its first variational one have run;
+    any other model, and what is random, is left as it is.
+    """
+    if not isinstance(model, nn.Sequential) or not isinstance(x, Tensor) or torch.compiler.is_compiling():
+        return model, x
+    before, after = _parts(model)
+    if not before or not after or any(map(_may_be_random, before)):
+        return model, x
+    state = _random_state(x.device)
+    h = x
+    for module in before:
+        h = module(h)
+    if state is not None and not torch.equal(state, _random_state(x.device)):
+        return model, x  # dropout that is always on: each draw has its own
+    h = h if isinstance(h, Tensor) else (h,)
+    return Rest(after, h), h
+
+
+def _parts(model: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
+    """The modules that an nn.Sequential runs one after the other: those before the first variational one, the others."""
+    children = list(model._modules.values())
+    for i, child in enumerate(children):
+        if child is None or named_layers(child):
+            break
+    else:
+        return children, []
+    before, after = children[:i], children[i:]
+    if child is not None and _runs_its_children(child):
+        inner_before, inner_after = _parts(child)
+        before, after = before + inner_before, inner_after + after[1:]
+    return (before, after) if _runs_its_children(model) else ([], [model])
+
+
+def _runs_its_children(module: nn.Module) -> bool:
+    """Whether a call of the module is nothing but calls of its children."""
+    return (type(module).forward is nn.Sequential.forward and type(module).__call__ is nn.Module.__call__
+            and "forward" not in module.__dict__ and getattr(module, "_compiled_call_impl", None) is None
+            and not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
+            and not torch_module._has_any_global_hook())
+
+
+def _may_be_random(module: nn.Module) -> bool:
+    """Whether it may draw numbers as it is in training mode: torch's modules that do. What does so always is seen when it runs."""
+    return any(m.training and (isinstance(m, _RANDOM) or isinstance(getattr(m, "dropout", None), float) and m.dropout > 0.0)
+               for m in module.modules())
+
+
+def _random_state(device: torch.device) -> Tensor | None:
+    """The state of torch's generator; None where it must not be looked at."""
+    if device.type == "cuda":
+        return None if torch.cuda.is_current_stream_capturing() else torch.cuda.get_rng_state(device)
+    return torch.get_rng_state()
+
+
+def of_head(model: nn.Module, head: str, x, output: Callable | None) -> tuple[Callable, object, Callable | None]:
+    """(the module called `head`, what the rest of the model gives it for x, what is to choose from its outputs): the model runs
+    once, under the draw as it is now.
+
+    ValueError unless the head has all the variational layers, is called once, and gives what the model, or `output`, gives.
+    """
+    module, me, calls = _head_module(model, head), threading.get_ident(), []
+
+    def before(_, inputs: tuple, keywords: dict) -> None:
+        if threading.get_ident() == me:
+            taken = (*inputs, *keywords.values())
+            taken = taken if isinstance(module, VariationalLayer) else with_rows(torch.clone, taken)
+            calls.append([tuple(keywords), taken])
+
+    def after(_, inputs: tuple, y) -> None:
+        if threading.get_ident() == me:
+            calls[-1].append(y)
+
+    hooks = [module.register_forward_pre_hook(before, prepend=True, with_kwargs=True), module.register_forward_hook(after)]
+    try:
+        y = call(model, x)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if len(calls) != 1:
+        raise ValueError(f"head: expected a module that the model calls once, given {head!r}, called {len(calls)} times")
+    names, values, own = calls[0]
+    if own is not y:
+        if output is None or own is not output(y):
+            raise ValueError(f"head: expected a module whose output is the model's, or is what output= chooses of it, given {head!r}, "
+                             f"which gives {checks.describe(own)}; what the model makes of it is {checks.describe(y)}")
+        output = None
+    return Rest([module], values, names), values, output
+
+
+def _head_module(model: nn.Module, head) -> nn.Module:
+    """The submodule of this name, ValueError unless all the variational layers are in it."""
+    if not isinstance(head, str):
+        raise TypeError(f"head: expected the name of a module of the model, given {checks.describe(head)}")
+    named = dict(model.named_modules(remove_duplicate=False))
+    if not head or head not in named:
+        direct = ", ".join(name for name, _ in model.named_children()) or "none"
+        raise ValueError(f"head: expected the name of a module of the model (its children: {direct}), given {head!r}")
+    inside = {id(layer) for _, layer in named_layers(named[head])}
+    outside = [name for name, layer in named_layers(model) if id(layer) not in inside]
+    if outside:
+        raise ValueError(f"head: expected the module that has all the variational layers, given {head!r}, which lacks {outside[0]}")
+    return named[head]
