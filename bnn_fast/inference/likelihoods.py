@@ -218,4 +218,4 @@ def _rows(nll: Tensor, weights: Tensor | None) -> Tensor:
         if not isinstance(weights, Tensor) or weights.shape != nll.shape[1:]:
             raise ValueError(f"weights: expected a tensor {list(nll.shape[1:])}, one for each target, given {checks.describe(weights)}")
         nll = nll * weights.to(nll.dtype)
-    return nll.flatten(2).sum(2) if nll.dim() > 2 else nll
+    return nll.sum(tuple(range(2, nll.dim()))) if nll.dim() > 2 else nll

@@ -247,3 +247,15 @@ def test_gradients_for_an_acquisition_function():
     found = bf.predict(model, x, n_samples=20, seed=3)
     assert not found.mean.requires_grad and not found.std.requires_grad
     torch.testing.assert_close((found.mean + 2 * found.std).sum(), upper(x).detach())
+
+
+def test_readmes_backbone_inputs_and_loader(tmp_path, monkeypatch):
+    from test_recipes import run_readme
+    monkeypatch.chdir(tmp_path)
+    data = TensorDataset(torch.randn(12, 3, 16, 16), torch.randn(12, 4), torch.arange(12) % 10)
+    image, context, labels = data.tensors
+    made = run_readme("A backbone, several inputs, a DataLoader", image=image, context=context, labels=labels,
+                      loader=DataLoader(data, batch_size=5))
+    assert len(made["found"]) == len(made["whole"]) == 12
+    torch.testing.assert_close(made["whole"].probs, made["same"].probs)
+    assert all(p.grad is not None for p in made["model"].parameters())
