@@ -190,3 +190,19 @@ def test_a_layer_draws_on_cuda_what_it_draws_on_the_cpu():
     torch.testing.assert_close(on_gpu.weight.cpu(), on_cpu.weight, rtol=1e-6, atol=1e-7)
     layer(torch.randn(5, 127, device="cuda")).sum().backward()
     assert layer.weight_rho.grad.isfinite().all() and bf.kl_divergence(layer).item() > 0
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("factorised", [True, False])
+def test_a_noisy_layer_is_that_of_the_cpu(factorised):
+    layer, x = bf.NoisyLinear(40, 30, factorised=factorised), torch.randn(8, 40)
+    expected = layer(x)
+    right = torch.autograd.grad(expected.square().sum(), list(layer.parameters()))
+    layer.cuda()
+    found = layer(x.cuda())
+    torch.testing.assert_close(found.cpu(), expected, rtol=1e-4, atol=1e-4)
+    gradients = torch.autograd.grad(found.square().sum(), list(layer.parameters()))
+    for gradient, of_cpu in zip(gradients, right):
+        torch.testing.assert_close(gradient.cpu(), of_cpu, rtol=1e-3, atol=1e-3)
+    layer.reset_noise()
+    assert layer.noise_key.is_cuda and not torch.equal(layer(x.cuda()), found)

@@ -17,6 +17,8 @@ from . import autograd, raw, reference
 
 __all__ = ["variational_linear", "noisy_linear", "sample_normal", "kl_normal"]
 
+_WITHOUT_NOISY = ("cuda",)  # devices with compiled operators but for noisy_linear's: its normals are drawn by one, all else is torch's
+
 
 def variational_linear(
         x: Tensor, weight_mu: Tensor, weight_rho: Tensor, bias_mu: Tensor | None, bias_rho: Tensor | None,
@@ -99,7 +101,7 @@ def noisy_linear(x: Tensor, weight_mu: Tensor, weight_sigma: Tensor, bias_mu: Te
     given = x, weight_mu, weight_sigma, bias_mu, bias_sigma
     if not raw.compiled_for(x.device):
         return without_autocast(x.device.type, reference.noisy_linear, *given, key, row_offset=row_offset, column_offset=column_offset)
-    if x.is_cuda:  # normals from the operator, all else from torch's
+    if x.device.type in _WITHOUT_NOISY:
         def noise(n, stream, offset):
             zeros = weight_mu.new_zeros(n, dtype=torch.promote_types(weight_mu.dtype, torch.float32))
             return sample_normal(zeros, zeros, key, scale="exp", kl=None, stream=stream, column_offset=offset)[0]
