@@ -22,7 +22,7 @@ demo: build
 
 demos: build
 	$(PY) -m bnn_fast.demos variational_regression bayes_by_backprop bayesian_linear_regression \
-	  bayesian_neural_networks digits images series
+	  bayesian_neural_networks digits images pretrained series
 
 # In two processes, one of which runs the kernels' PTX. Their threads outnumber two processors: none is to wait by spinning.
 test: build

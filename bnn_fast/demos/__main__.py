@@ -7,11 +7,11 @@ import sys
 import time
 
 from . import bayes_by_backprop, bayesian_linear_regression, bayesian_neural_networks, digits, digits_data, images
-from . import series, variational_regression
+from . import pretrained, series, variational_regression
 
 DEMOS = {module.__name__.rpartition(".")[2]: module for module in (
-    variational_regression, bayes_by_backprop, bayesian_linear_regression, bayesian_neural_networks, digits, images, series)}
-WITH_DATA = ("digits", "images")
+    variational_regression, bayes_by_backprop, bayesian_linear_regression, bayesian_neural_networks, digits, images, pretrained, series)}
+WITH_DATA = ("digits", "images", "pretrained")
 EXTRAS = {"matplotlib": "matplotlib", "sklearn": "scikit-learn", "tqdm": "tqdm"}
 
 
@@ -31,7 +31,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
                         help="where the pictures go (default: figures)")
     if any(name in named for name in WITH_DATA):
         parser.add_argument("--data", metavar="FOLDER",
-                            help="digits, images: MNIST from this folder, its four IDX files, .gz or not")
+                            help="digits, images, pretrained: MNIST from this folder, its four IDX files, .gz or not")
     return parser.parse_args(arguments)
 
 

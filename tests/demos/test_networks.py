@@ -3,11 +3,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from demos.reading import pictures, row
+from demos.reading import hasty, pictures, row  # noqa: F401
 
 import bnn_fast as bf
 from bnn_fast.demos import __main__ as command
-from bnn_fast.demos import images, series
+from bnn_fast.demos import images, pretrained, series
 
 for module in command.EXTRAS:
     pytest.importorskip(module)
@@ -19,6 +19,25 @@ def test_images_in_short(tmp_path, capsys):
     assert pictures(text, tmp_path) == ["images.png"]
     assert row(text, "accuracy")[1:3] == [f"{found[name]['accuracy']:.2%}" for name in ("bayesian", "twin")]
     assert found["bayesian"]["accuracy"] > 0.7
+
+
+def test_pretrained_in_short(tmp_path, capsys, hasty):
+    found = pretrained.run(epochs=6, out=str(tmp_path))
+    text = capsys.readouterr().out
+    assert pictures(text, tmp_path) == ["pretrained.png"]
+    assert row(text, "accuracy")[1:] == [f"{found[kind]['accuracy']:.2%}" for kind in ("deterministic", "last layer", "all layers")]
+    assert min(each["accuracy"] for each in found.values()) > 0.7
+
+
+def test_only_what_is_converted_is_trained_on():
+    torch.manual_seed(0)
+    plain = images.network(torch.nn.Conv2d, torch.nn.Linear, 4, 8)
+    x, y = torch.rand(32, 1, 8, 8), torch.randint(10, (32,))
+    model = pretrained.converted(plain, "last", x, y, 16, 1, "")
+    assert isinstance(model[-1], bf.VariationalLinear) and torch.equal(model[0].weight, plain[0].weight)
+    assert not torch.equal(model[-1].weight_mu, plain[-1].weight)
+    moved = pretrained.converted(plain, None, x, y, 16, 1, "")
+    assert not torch.equal(moved[0].weight_mu, plain[0].weight)
 
 
 def test_series_in_short(tmp_path, capsys):
