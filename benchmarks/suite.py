@@ -9,12 +9,12 @@ import time
 import bnn_fast as bf
 from bnn_fast.demos.common import table
 
-from . import calls, harness, memory, predict, scaling, step, threads, train
+from . import calls, harness, memory, models, predict, scaling, step, threads, train
 from .measure import Run
 from .providers import BASE
 
 SECTIONS = {"step": step, "predict": predict, "train": train, "memory": memory, "scaling": scaling,
-            "calls": calls, "threads": threads}
+            "calls": calls, "threads": threads, "models": models}
 # in, out, batch on two cores: how much more than nn.Linear's time a step of bnn_fast may take
 TARGETS = {"1 x 20, batch 1000": 1.5, "512 x 512, batch 128": 1.5, "1200 x 1200, batch 128": 1.5,
            "2048 x 2048, batch 32": 1.8, "4096 x 4096, batch 16": 1.7, "2048 x 2048, batch 1024": 1.15,
@@ -62,7 +62,7 @@ def show(record: dict) -> str:
     for section, setting, cases in whole(sections, "step"):
         cells = [speed(cases.get(n), n) for n in names]
         rows.append((f"{section}: {setting}", target(setting, where), *cells))
-    for section, setting, cases in whole(sections, "predict"):
+    for section, setting, cases in (*whole(sections, "predict"), *whole(sections, "models")):
         rows.append((f"{section}: {setting}", "", *(speed(cases.get(n), n) for n in names)))
     for section, setting, cases in whole(sections, "train"):
         rows.append((f"{section}: {setting}", "", *(trained(cases.get(n)) for n in names)))
