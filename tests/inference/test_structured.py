@@ -85,8 +85,9 @@ def test_inputs(ab, case, vectorized):
     for batch_size in (None, 3):
         found = bf.predict(model, make(*ab), n_samples=5, seed=3, vectorized=vectorized, batch_size=batch_size)
         torch.testing.assert_close(found.samples, wanted)
-    elbo = bf.ELBO(model, bf.Gaussian(1.0), 50, seed=3, vectorized=vectorized)
-    elbo(make(*ab), torch.zeros(7, 4), n_samples=5)
+    elbo, given = bf.ELBO(model, bf.Gaussian(1.0), 50, seed=3, vectorized=vectorized), make(*ab)
+    elbo(given, torch.zeros(7, 4), n_samples=5)
+    assert not isinstance(given, Batch) or given.a is ab[0]  # what was given is as it was
     torch.testing.assert_close(elbo.nll, bf.Gaussian(1.0)(wanted, torch.zeros(7, 4)).mean())
 
 
@@ -117,6 +118,9 @@ def test_inputs_that_do_not_do(ab):
     assert bf.predict(Two(), (a, b[:1]), n_samples=3, vectorized=False).samples.shape == (3, 7, 4)
     with pytest.raises(TypeError, match="x: expected a tensor"):
         bf.mc_forward(Two(), (1.0, "a"), 3)
+    for no_tensor in (a.numpy(), "a", 3):
+        with pytest.raises(TypeError, match=r"x: expected a tensor \[B, ...\], given"):
+            bf.predict(Two(), no_tensor, n_samples=3)
     with pytest.raises(TypeError, match="whose rows are not known"):
         bf.mc_forward(Two(), (a, object()), 3)
     with pytest.raises(ValueError, match=r"given a float32 tensor \[\] on cpu in dict of 2; output= chooses"):
@@ -222,6 +226,11 @@ def test_weights_and_own_likelihoods_are_checked():
     for weights in (torch.ones(5), torch.ones(6, 3), torch.ones(())):
         with pytest.raises(ValueError, match="weights: expected a tensor"):
             elbo(x, y, weights=weights)
+    for weights in (torch.tensor([1.0, -1, 1, 1, 1, 1]), torch.full((6,), torch.nan)):
+        with pytest.raises(ValueError, match="weights: expected no negative"):
+            elbo(x, y, weights=weights)
+    holes, mask = torch.cat([x[:5], torch.full((1, 3), torch.nan)]), torch.tensor([1.0, 1, 1, 1, 1, 0])
+    assert elbo(holes, y, weights=mask).isfinite()
     with pytest.raises(TypeError, match=r"weights: expected a real tensor \[6\]"):
         elbo(x, y, weights=[1.0] * 6)
     for wrong in (lambda o, y: o.mean(), lambda o, y: o.mean(0), lambda o, y: (o - y).square(), lambda o, y: None):
@@ -247,3 +256,15 @@ def test_gradients_for_an_acquisition_function():
     found = bf.predict(model, x, n_samples=20, seed=3)
     assert not found.mean.requires_grad and not found.std.requires_grad
     torch.testing.assert_close((found.mean + 2 * found.std).sum(), upper(x).detach())
+
+
+def test_readmes_backbone_inputs_and_loader(tmp_path, monkeypatch):
+    from test_recipes import run_readme
+    monkeypatch.chdir(tmp_path)
+    data = TensorDataset(torch.randn(12, 3, 16, 16), torch.randn(12, 4), torch.arange(12) % 10)
+    image, context, labels = data.tensors
+    made = run_readme("A backbone, several inputs, a DataLoader", image=image, context=context, labels=labels,
+                      loader=DataLoader(data, batch_size=5))
+    assert len(made["found"]) == len(made["whole"]) == 12
+    torch.testing.assert_close(made["whole"].probs, made["same"].probs)
+    assert all(p.grad is not None for p in made["model"].parameters())
