@@ -167,7 +167,7 @@ def mean_nll(likelihood, outputs, targets, weights: Tensor | None = None) -> Ten
     if weights is None or of_elements:
         return nll.mean()
     weights = weights.to(nll.dtype)
-    return (nll.mean(0) * weights).sum() / weights.sum().clamp(min=torch.finfo(nll.dtype).tiny)
+    return torch.where(weights == 0.0, 0.0, nll.mean(0) * weights).sum() / weights.sum().clamp(min=torch.finfo(nll.dtype).tiny)
 
 
 def _check_weights(weights, rows: int) -> None:
@@ -175,6 +175,8 @@ def _check_weights(weights, rows: int) -> None:
         raise TypeError(f"weights: expected a real tensor [{rows}], or of the targets' shape, given {checks.describe(weights)}")
     if weights.dim() == 0 or weights.shape[0] != rows:
         raise ValueError(f"weights: expected a tensor [{rows}], or of the targets' shape, given {checks.describe(weights)}")
+    if weights.is_cpu and not torch.compiler.is_compiling() and not (weights >= 0).all():  # on a GPU it would have to be waited for
+        raise ValueError(f"weights: expected no negative ones and no nan, given the least {weights.min().item()}")
 
 
 def _check_tensors(outputs, targets) -> None:
@@ -217,5 +219,5 @@ def _rows(nll: Tensor, weights: Tensor | None) -> Tensor:
     if weights is not None:
         if not isinstance(weights, Tensor) or weights.shape != nll.shape[1:]:
             raise ValueError(f"weights: expected a tensor {list(nll.shape[1:])}, one for each target, given {checks.describe(weights)}")
-        nll = nll * weights.to(nll.dtype)
+        nll = torch.where(weights == 0.0, 0.0, nll * weights.to(nll.dtype))
     return nll.sum(tuple(range(2, nll.dim()))) if nll.dim() > 2 else nll

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from .. import checks
 from .sampling import Draws
@@ -123,8 +124,8 @@ def joined(parts: list):
 
 _BATCHED = ("FuncTorchBatched", "FuncTorchBatchedDecomposition", "FuncTorchVmapMode", "CompositeImplicitAutograd")
 _has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-_WHOLE = {"lstm": "aten::lstm.input", "gru": "aten::gru.input", "rnn_tanh": "aten::rnn_tanh.input",
-          "rnn_relu": "aten::rnn_relu.input"}
+_WHOLE = {name: f"aten::{name}" + ("" if "cell" in name else ".input") for name in (
+    "lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell")}
 
 
 class Unmapped(TorchDispatchMode):
@@ -149,6 +150,8 @@ class Unmapped(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
         name = function.name()
+        if not any(isinstance(leaf, Tensor) for leaf in tree_leaves((arguments, keywords))):
+            return function(*arguments, **(keywords or {}))  # nothing that could be mapped
         looks = torch.Tag.data_dependent_output in function.tags or torch.Tag.dynamic_output_shape in function.tags
         if looks or not (function.namespace == "bnn_fast" or any(_has_kernel(name, key) for key in _BATCHED)):
             self.found.append(name)

@@ -60,7 +60,7 @@ def predict(model: nn.Module, x, likelihood: nn.Module | None = None, n_samples:
             nothing of several rows together.
         head: the name of the module that has all the variational layers and gives what the model gives ("fc"): the rest of the
             model runs once for all draws. Of an nn.Sequential, what comes before the first variational layer does so anyway,
-            unless it draws random numbers. What comes later in any other model runs for every draw.
+            unless it draws random numbers (of torch's generator: one of its own, or numpy's, is not seen). What comes later in any other model runs for every draw.
         output: a function that chooses or makes the output, a tensor, from what the model gives.
 
     Returns a `Prediction`; with a likelihood a `GaussianPrediction` or a `ClassPrediction`. Mean and variance
@@ -109,7 +109,7 @@ def predict(model: nn.Module, x, likelihood: nn.Module | None = None, n_samples:
 def _batches(model: nn.Module, x, stacked: bool) -> tuple[Iterable, int | None]:
     """(what the model is to be called with, one after the other; the rows of all, where they are known)."""
     many = isinstance(x, Iterator) or (isinstance(x, Iterable) and not isinstance(x, (Tensor, tuple, list, Mapping, str, bytes))
-                                       and not is_dataclass(x) and not hasattr(x, "to"))
+                                       and not is_dataclass(x) and not hasattr(x, "to") and not hasattr(x, "__array__"))
     if not many:
         return [given(x)], count_rows(given(x), stacked)
     parameter = next(model.parameters(), None)

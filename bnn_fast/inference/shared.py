@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable
 
 import torch
@@ -13,6 +14,8 @@ from ..layers.base import VariationalLayer, named_layers
 from .structure import call, flatten, with_rows
 
 _RANDOM = (nn.modules.dropout._DropoutNd, nn.RReLU, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d)
+
+_random: weakref.WeakKeyDictionary[nn.Module, set[bool]] = weakref.WeakKeyDictionary()  # what ran and was random, training or not
 
 
 class Rest:
@@ -38,19 +41,23 @@ class Rest:
 
 def shared(model: nn.Module, x) -> tuple[Callable, object]:
     """(what is to be called for the draws, with what): the children of an nn.Sequential before its first variational one have run;
-    any other model, and what is random, is left as it is.
+    any other model, and what is random and comes after it, is left as it is.
     """
     if not isinstance(model, nn.Sequential) or not isinstance(x, Tensor) or torch.compiler.is_compiling():
         return model, x
     before, after = _parts(model)
-    if not before or not after or any(map(_may_be_random, before)):
+    known = next((i for i, module in enumerate(before) if _may_be_random(module)), len(before))
+    before, after = before[:known], before[known:] + after
+    training = any(m.training for module in before for m in module.modules())
+    if not before or not after or training in _random.get(model, ()):
         return model, x
     state = _random_state(x.device)
-    h = x
+    h = x.clone()  # what comes first may work in place
     for module in before:
         h = module(h)
     if state is not None and not torch.equal(state, _random_state(x.device)):
-        return model, x  # dropout that is always on: each draw has its own
+        _random.setdefault(model, set()).add(training)  # a BatchNorm in it shall not see every batch twice
+        return model, x  # dropout in a module of another's: each draw has its own
     h = h if isinstance(h, Tensor) else (h,)
     return Rest(after, h), h
 
@@ -107,7 +114,7 @@ def of_head(model: nn.Module, head: str, x, output: Callable | None) -> tuple[Ca
 
     def after(_, inputs: tuple, y) -> None:
         if threading.get_ident() == me:
-            calls[-1].append(y)
+            calls[-1].extend((y, with_rows(torch.clone, y)))  # the model may go on in place
 
     hooks = [module.register_forward_pre_hook(before, prepend=True, with_kwargs=True), module.register_forward_hook(after)]
     try:
@@ -117,13 +124,19 @@ def of_head(model: nn.Module, head: str, x, output: Callable | None) -> tuple[Ca
             hook.remove()
     if len(calls) != 1:
         raise ValueError(f"head: expected a module that the model calls once, given {head!r}, called {len(calls)} times")
-    names, values, own = calls[0]
-    if own is not y:
-        if output is None or own is not output(y):
+    names, values, own, as_given = calls[0]
+    if own is not y or not _same(own, as_given):
+        if output is None or own is not output(y) or not _same(own, as_given):
             raise ValueError(f"head: expected a module whose output is the model's, or is what output= chooses of it, given {head!r}, "
                              f"which gives {checks.describe(own)}; what the model makes of it is {checks.describe(y)}")
         output = None
     return Rest([module], values, names), values, output
+
+
+def _same(a, b) -> bool:
+    """Whether all tensors of both, alike in structure, have the same values, nan among them."""
+    pairs = zip(flatten(a)[0], flatten(b)[0])
+    return all(bool(((s == t) | ((s != s) & (t != t))).all()) for s, t in pairs if isinstance(s, Tensor))
 
 
 def _head_module(model: nn.Module, head) -> nn.Module:

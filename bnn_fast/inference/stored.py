@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from .. import checks
-from . import families, likelihoods
 from .moments import Moments
 
 
@@ -30,7 +29,10 @@ class Stored:
             if not -len(self) <= i < len(self):
                 raise IndexError(f"rows: expected {-len(self)} to {len(self) - 1}, given {i}")
             rows = slice(i, i + 1 or None)
-        elif not isinstance(rows, slice):
+        elif isinstance(rows, slice):
+            if rows.step is not None and rows.step < 1:
+                raise ValueError(f"rows: expected a slice with a positive step, given {rows}")
+        else:
             rows = torch.as_tensor(rows if len(rows) else torch.zeros(0, dtype=torch.int64), device=self._moments.mean.device)
             if rows.dim() != 1 or rows.is_floating_point() or rows.dtype == torch.bool and len(rows) != len(self):
                 raise IndexError(f"rows: expected a list or tensor of numbers, or {len(self)} of bool, given {checks.describe(rows)}")
@@ -77,8 +79,7 @@ class Stored:
         """The prediction in a file that `save` wrote, on the device map_location, or where it was. Nothing but tensors and bnn_fast's
         own classes is unpickled.
         """
-        known = [Moments, *_below(Stored), *(getattr(module, name) for module in (likelihoods, families)
-                                               for name in module.__all__)]
+        known = [Moments, *_below(Stored), *(c for c in _below(nn.Module) if c.__module__.startswith(f"{__package__}."))]
         with torch.serialization.safe_globals(known):
             found = torch.load(path, map_location=map_location, weights_only=True)
         if not isinstance(found, cls):

@@ -83,7 +83,7 @@ def count_rows(x, stacked: bool = True) -> int:
     leaves = flatten(x)[0]
     sizes = [leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()]
     if not sizes:
-        raise TypeError(f"x: expected a tensor [B, ...], or a tuple, dictionary or other structure of them, given {checks.describe(x)}")
+        raise TypeError(f"x: expected a tensor [B, ...], given {checks.describe(x)}; several are a tuple, dictionary or other structure")
     if not stacked:
         return sizes[0]
     if len(set(sizes)) > 1:

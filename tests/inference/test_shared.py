@@ -122,6 +122,26 @@ def test_they_run_once_in_mc_forward_and_elbo_too_with_the_same_gradients(x):
     torch.testing.assert_close(loss, nll + bf.kl_divergence(model) / 100)
 
 
+class Noisy(nn.Module):
+    def forward(self, x):
+        return x.add_(1.0) + torch.rand(())
+
+
+def test_x_stays_as_it_is(x):
+    noisy, kept = nn.Sequential(Noisy(), bf.VariationalLinear(3, 2)), x.clone()
+    nn.init.constant_(noisy[1].weight_rho, -30.0)
+    x = kept.clone().requires_grad_()
+    bf.mc_forward(nn.Sequential(nn.ELU(inplace=True), bf.VariationalLinear(3, 2)), x, 3).sum().backward()
+    x = x.detach()
+    bf.mc_forward(noisy, x, 3)
+    assert torch.equal(x, kept)
+
+    model, before = nn.Sequential(nn.CELU(inplace=True), bf.VariationalLinear(3, 2)), x.clone()
+    found = bf.predict(model, x, n_samples=4, seed=1)
+    assert torch.equal(x, before)
+    torch.testing.assert_close(found.samples, by_single_calls(model, None, 4, seed=1, call=lambda model, _: model(x.clone())))
+
+
 @pytest.mark.parametrize("case", ["hook", "forward", "subclass", "no prefix", "one draw"])
 def test_what_is_not_proven_runs_as_it_is(x, case):
     class Doubling(nn.Sequential):
@@ -152,6 +172,25 @@ def test_dropout_that_is_always_on_is_drawn_for_each_draw():
         drawn = bf.mc_forward(model, torch.ones(3, 50), 4)
         assert not torch.equal(drawn[0] < 1, drawn[1] < 1)
         assert not torch.allclose(drawn.std(0), torch.zeros(3, 50), atol=1e-3)
+
+
+def test_what_comes_before_dropout_in_training_runs_once_and_dropout_in_it_is_tried_once(x):
+    model = nn.Sequential(counter := Counter(), nn.Dropout(), bf.VariationalLinear(6, 2))
+    bf.mc_forward(model, x, 4)
+    assert counter.calls == 1 and counter.rows == 7
+
+    class Own(Counter):
+        def forward(self, x):
+            return F.dropout(super().forward(x), training=self.training)
+
+    model = nn.Sequential(counter := Own(), bf.VariationalLinear(6, 2))
+    for rows in (7 + 28, 28, 28):
+        counter.rows = 0
+        bf.mc_forward(model, x, 4)
+        assert counter.rows == rows
+    counter.rows = 0
+    bf.predict(model, x, n_samples=4)
+    assert counter.rows == 7
 
 
 @pytest.mark.parametrize("vectorized", [True, False, "vmap"])
@@ -197,6 +236,15 @@ def test_a_head_that_is_none_is_refused(x):
         def forward(self, x):
             return super().forward(x).log_softmax(-1)
 
+    class InPlace(WithHead):
+        def forward(self, x):
+            y = super().forward(x)
+            y += x[:, :2]
+            return y
+
+    with pytest.raises(ValueError, match="head: expected a module whose output is the model's"):
+        bf.predict(InPlace(), x, n_samples=3, head="fc")
+
     class Twice(WithHead):
         def forward(self, x):
             self.fc(self.backbone(x))
@@ -227,65 +275,3 @@ def test_any_model(x, make, vectorized):
     expected = by_single_calls(model, x, 8, seed=2)
     torch.testing.assert_close(bf.predict(model, x, n_samples=8, seed=2, vectorized=vectorized).samples, expected)
     torch.testing.assert_close(bf.mc_forward(model, x, 8, seed=2, vectorized=vectorized).detach(), expected)
-
-
-class Recurrent(nn.Module):
-    def __init__(self, recurrence):
-        super().__init__()
-        self.layer, self.recurrence, self.calls = bf.VariationalLinear(3, 4), recurrence, 0
-
-    def forward(self, x):
-        self.calls += 1
-        return self.recurrence(self.layer(x))[0]
-
-
-class Looking(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.layer, self.calls = bf.VariationalLinear(3, 4), 0
-
-    def forward(self, x):
-        self.calls += 1
-        y = self.layer(x)
-        return y if y.sum() > 0 else -y
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("make", [lambda: Recurrent(nn.LSTM(4, 4)), lambda: Recurrent(nn.GRU(4, 4)), lambda: Recurrent(nn.RNN(4, 4)),
-                                  lambda: Recurrent(bf.VariationalLSTM(4, 4)), Looking])
-def test_what_vmap_has_no_rule_for_is_called_draw_by_draw(x, make, dtype):
-    model, x = make().to(dtype), x.to(dtype)
-    found = bf.mc_forward(model, x, 4, seed=2, vectorized="vmap")
-    assert model.calls == 4
-    expected = by_single_calls(model, x, 4, seed=2)
-    torch.testing.assert_close(found.detach(), expected)
-    torch.testing.assert_close(bf.predict(model, x, n_samples=4, seed=2, vectorized="vmap").samples, expected)
-
-
-@pytest.mark.parametrize("kl", ["analytic", "sampled"])
-def test_vmap_calls_the_model_twice_and_has_the_gradients_of_the_loop(x, kl):
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.b, self.calls = bf.VariationalLinear(3, 4, kl=kl), bf.VariationalLinear(4, 1, kl=kl), 0
-
-        def forward(self, x):
-            self.calls += 1
-            h = self.a(x).tanh()
-            return self.b(h - h.mean(0))
-
-    model, y, losses = Model().double(), torch.ones(7, 1, dtype=torch.float64), []
-    for vectorized in (False, "vmap"):
-        model.calls = 0
-        elbo = bf.ELBO(model, bf.Gaussian(0.5), 20, seed=4, vectorized=vectorized)
-        loss = elbo(x.double(), y, n_samples=6)
-        losses.append((loss.detach(), elbo.kl, *torch.autograd.grad(loss, list(model.parameters()))))
-    assert model.calls == 2
-    torch.testing.assert_close(*losses)
-
-
-def test_vectorized_is_checked(x):
-    for call in (lambda v: bf.predict(WithHead(), x, vectorized=v), lambda v: bf.mc_forward(WithHead(), x, 2, vectorized=v),
-                 lambda v: bf.ELBO(WithHead(), bf.Gaussian(), 2, vectorized=v)):
-        with pytest.raises(ValueError, match="vectorized: expected one of True, False, 'vmap', given 'map'"):
-            call("map")

@@ -75,6 +75,8 @@ def test_what_does_not_go_together(tmp_path):
     for rows, error in ((8, IndexError), (-9, IndexError), (1.5, TypeError), ([True, False], IndexError), (torch.zeros(2, 2).long(), IndexError)):
         with pytest.raises(error, match="rows: expected"):
             plain[rows]
+    with pytest.raises(ValueError, match="rows: expected a slice with a positive step"):
+        plain[::-1]
     with pytest.raises(TypeError, match="path: expected a ClassPrediction"):
         plain.save(tmp_path / "p.pt")
         bf.ClassPrediction.load(tmp_path / "p.pt")

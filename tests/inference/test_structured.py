@@ -85,8 +85,9 @@ def test_inputs(ab, case, vectorized):
     for batch_size in (None, 3):
         found = bf.predict(model, make(*ab), n_samples=5, seed=3, vectorized=vectorized, batch_size=batch_size)
         torch.testing.assert_close(found.samples, wanted)
-    elbo = bf.ELBO(model, bf.Gaussian(1.0), 50, seed=3, vectorized=vectorized)
-    elbo(make(*ab), torch.zeros(7, 4), n_samples=5)
+    elbo, given = bf.ELBO(model, bf.Gaussian(1.0), 50, seed=3, vectorized=vectorized), make(*ab)
+    elbo(given, torch.zeros(7, 4), n_samples=5)
+    assert not isinstance(given, Batch) or given.a is ab[0]  # what was given is as it was
     torch.testing.assert_close(elbo.nll, bf.Gaussian(1.0)(wanted, torch.zeros(7, 4)).mean())
 
 
@@ -117,6 +118,9 @@ def test_inputs_that_do_not_do(ab):
     assert bf.predict(Two(), (a, b[:1]), n_samples=3, vectorized=False).samples.shape == (3, 7, 4)
     with pytest.raises(TypeError, match="x: expected a tensor"):
         bf.mc_forward(Two(), (1.0, "a"), 3)
+    for no_tensor in (a.numpy(), "a", 3):
+        with pytest.raises(TypeError, match=r"x: expected a tensor \[B, ...\], given"):
+            bf.predict(Two(), no_tensor, n_samples=3)
     with pytest.raises(TypeError, match="whose rows are not known"):
         bf.mc_forward(Two(), (a, object()), 3)
     with pytest.raises(ValueError, match=r"given a float32 tensor \[\] on cpu in dict of 2; output= chooses"):
@@ -222,6 +226,11 @@ def test_weights_and_own_likelihoods_are_checked():
     for weights in (torch.ones(5), torch.ones(6, 3), torch.ones(())):
         with pytest.raises(ValueError, match="weights: expected a tensor"):
             elbo(x, y, weights=weights)
+    for weights in (torch.tensor([1.0, -1, 1, 1, 1, 1]), torch.full((6,), torch.nan)):
+        with pytest.raises(ValueError, match="weights: expected no negative"):
+            elbo(x, y, weights=weights)
+    holes, mask = torch.cat([x[:5], torch.full((1, 3), torch.nan)]), torch.tensor([1.0, 1, 1, 1, 1, 0])
+    assert elbo(holes, y, weights=mask).isfinite()
     with pytest.raises(TypeError, match=r"weights: expected a real tensor \[6\]"):
         elbo(x, y, weights=[1.0] * 6)
     for wrong in (lambda o, y: o.mean(), lambda o, y: o.mean(0), lambda o, y: (o - y).square(), lambda o, y: None):
