@@ -104,3 +104,81 @@ def test_export_to_onnx(model, tmp_path, monkeypatch):
         session = runtime.InferenceSession(file)
         (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
         torch.testing.assert_close(torch.from_numpy(found), expected.detach())
+
+
+def classes(n: int, centres, seed: int):
+    """Points around centres [C, 2], some of which overlap, and their classes."""
+    generator = torch.Generator().manual_seed(seed)
+    y = torch.randint(len(centres), (n,), generator=generator)
+    return torch.tensor(centres)[y] + torch.randn(n, 2, generator=generator), y
+
+
+def classifier(outputs: int) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(bf.VariationalLinear(2, 16), nn.ReLU(), bf.VariationalLinear(16, outputs))
+
+
+def fit(elbo, x, y, steps: int = 150):
+    optimizer = torch.optim.Adam(elbo.parameters(), lr=0.02)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        elbo(x, y).backward()
+        optimizer.step()
+
+
+def test_rejecting_at_a_wanted_risk():
+    centres = ((0.0, 0.0), (2.0, 0.0), (0.0, 4.0))
+    (train_x, train_y), (held_out_x, held_out_y), (x, y) = (classes(600, centres, seed) for seed in (0, 1, 2))
+    model = classifier(3)
+    fit(bf.ELBO(model, bf.Categorical(), 600), train_x, train_y)
+    names = run_readme("Rejecting at a wanted risk", model=model, held_out_x=held_out_x, held_out_y=held_out_y, x=x, wanted=0.05)
+    wrong, sure = names["found"].probs.argmax(-1) != y, names["sure"]
+    assert wrong.float().mean() > 0.08 and wrong[sure].float().mean() < 0.08 and sure.float().mean() > 0.3
+    on_held_out = bf.predict(model, held_out_x, bf.Categorical(), n_samples=50, seed=0).probs
+    taken = on_held_out.amax(-1) >= names["threshold"]
+    assert (on_held_out.argmax(-1) != held_out_y)[taken].float().mean() <= 0.05
+
+
+def test_thompson_sampling():
+    """Of choices c with the reward 1.6 c - c^2 and noise, which is the highest at 0.8."""
+    torch.manual_seed(0)
+    at = torch.linspace(-2.0, 2.0, 41)
+    candidates = torch.stack([at, at.square()], dim=1)
+
+    def reward(choice):
+        return 1.6 * choice[:1] - choice[1:] + 0.1 * torch.randn(1)
+
+    x = candidates[[0, 10]]
+    names = run_readme("Thompson sampling", model=bf.VariationalLinear(2, 1, prior=bf.Normal(0.0, 2.0), init_sigma=0.5), candidates=candidates,
+                       reward=reward, x=x, y=torch.stack([reward(c) for c in x]), rounds=15,
+                       train=lambda model, x, y: fit(bf.ELBO(model, bf.Gaussian(0.1), len(x)), x, y))
+    choices = names["x"][:, 0]
+    assert len(choices) == 17 and (choices[-5:] - 0.8).abs().mean() < 0.3
+    assert len(choices[2:].unique()) > 1  # it does not settle at once
+
+
+def test_continual_learning():
+    tasks = [classes(300, ((-3.0, 0.0), (-3.0, 4.0)), 0), classes(300, ((3.0, 4.0), (3.0, 0.0)), 1)]
+
+    def accuracy(model) -> float:
+        x, y = tasks[0]
+        return (bf.predict(model, x, bf.Categorical(), 30, seed=0).probs.argmax(-1) == y).float().mean().item()
+
+    def train(elbo, x, y):
+        fit(elbo, x, y, 400)
+
+    model, forgetful = classifier(2), classifier(2)
+    run_readme("Continual learning", model=model, tasks=tasks, train=train)
+    for x, y in tasks:
+        train(bf.ELBO(forgetful, bf.Categorical(), n_data=len(x)), x, y)
+    assert bf.kl_divergence(model).item() == pytest.approx(0.0, abs=1e-3)
+    assert accuracy(model) > accuracy(forgetful) + 0.05
+
+
+def test_active_learning():
+    x, y = classes(400, ((0.0, 0.0), (5.0, 0.0), (0.0, 5.0), (5.0, 5.0)), 0)
+    model, labelled = classifier(4), (y < 2).nonzero().squeeze(1)[:6]    # two classes have not been seen
+    names = run_readme("Active learning", model=model, x=x, y=y, labelled=labelled, rounds=4, few=6,
+                       train=lambda model, x, y: fit(bf.ELBO(model, bf.Categorical(), len(x)), x, y, 150))
+    asked = names["labelled"][6:]
+    assert len(names["labelled"].unique()) == 30 and set(y[asked].tolist()) >= {2, 3}
