@@ -27,6 +27,8 @@ class Gaussian(nn.Module):
     `likelihood(outputs [S, B, ...], targets [B, ...]) -> NLL [S, B]`, summed over the outputs of a row.
     """
 
+    _made = None    # what `_fixed` gave
+
     def __init__(self, scale: float = 1.0, learned: bool = False):
         super().__init__()
         if not checks.is_number(scale) or not 0.0 < scale < math.inf:
@@ -46,8 +48,29 @@ class Gaussian(nn.Module):
     def forward(self, outputs: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
         _check_tensors(outputs, targets)
         outputs = _checked(outputs, targets, targets.shape)
+        if (fixed := self._fixed()) is not None:
+            _, _, square, offset = fixed
+            error = targets - outputs
+            return _rows(torch.addcmul(offset, error * square, error), weights)
         half = _half(self.log_scale).clamp(max=math.log(torch.finfo(outputs.dtype).max) - 1.0)
         return _rows(_gaussian_nll(targets - outputs, self.log_scale, half), weights)
+
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in self.__dict__.items() if name != "_made"}  # a copy's versions begin anew
+
+    def _fixed(self) -> tuple[Tensor, int, float, Tensor] | None:
+        """(log_scale, its version, 1 / (2 scale^2), log scale + log(2 pi) / 2) of a fixed scale, made once for all calls; None where
+        its tensor has to be looked at, or the square may not be a number.
+        """
+        scale = self.log_scale
+        if (torch.compiler.is_compiling() or type(scale) is not Tensor or not scale.is_cpu or scale.is_inference()
+                or torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None):
+            return None
+        made = self._made
+        if made is None or made[0] is not scale or made[1] != scale._version:
+            square = _half(scale).exp().double().item() ** 2
+            made = self._made = (scale, scale._version, square ** 2, _offset(scale))
+        return made if 1e-30 < made[2] < 1e30 else None
 
     def extra_repr(self) -> str:
         return f"scale={self.scale.item():.6g}, learned={self.learned}"
@@ -211,7 +234,11 @@ def _gaussian_nll(error: Tensor, log_scale: Tensor, half: Tensor) -> Tensor:
     """
     root = half.exp()
     z = error * root * root
-    return torch.addcmul(log_scale + 0.5 * math.log(2.0 * math.pi), z, z)
+    return torch.addcmul(_offset(log_scale), z, z)
+
+
+def _offset(log_scale: Tensor) -> Tensor:
+    return log_scale + 0.5 * math.log(2.0 * math.pi)
 
 
 def _rows(nll: Tensor, weights: Tensor | None) -> Tensor:

@@ -188,3 +188,28 @@ def test_kl_weight_follows_the_steps_made_with_gradients(batch):
             elbo(*batch)
     assert seen == [0, 1, 1, 2]
     assert elbo.state_dict()["step"] == elbo.step == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_fixed_scale_may_change(dtype):
+    """Its numbers are made once, and anew where it has another value."""
+    outputs, y = torch.randn(2, 5, 3, dtype=dtype), torch.randn(5, 3, dtype=dtype)
+
+    def check(likelihood, scale):
+        expected = -torch.distributions.Normal(outputs.double(), scale).log_prob(y.double()).sum(-1)
+        torch.testing.assert_close(likelihood(outputs, y).double(), expected, rtol=1e-5, atol=1e-5)
+
+    likelihood = bf.Gaussian(0.5)
+    check(likelihood, 0.5)
+    check(likelihood, 0.5)
+    likelihood.load_state_dict(bf.Gaussian(2.0).state_dict())
+    check(likelihood, 2.0)
+    likelihood.log_scale.fill_(math.log(3.0))
+    check(copy.deepcopy(likelihood), 3.0)
+    check(likelihood, 3.0)
+    check(likelihood.double(), 3.0)
+    likelihood.load_state_dict(bf.Gaussian(0.25).double().state_dict(), assign=True)
+    check(likelihood, 0.25)
+    for scale in (1e-20, 1e20):  # whose squares are no numbers in float32
+        assert not bf.Gaussian(scale)(outputs, y).isnan().any()
+    assert bf.Gaussian(1e-20)(outputs, outputs[0])[0].isfinite().all()
