@@ -69,14 +69,14 @@ NOISE = [
     (dict(row_offset=2**32 - 4), "more rows or columns than the noise counter"),
     (dict(column_offset=2**34 - 2), "more rows or columns than the noise counter"),
     (dict(key=((2,), F)), "expected an int64 tensor of shape"),
-    (dict(key=((3,), torch.int64)), r"key has shape \[3\], expected an int64 tensor of shape \[2\]"),
+    (dict(key=((4,), torch.int64)), r"key has shape \[4\], expected an int64 tensor of shape \[2\]"),
     (dict(key=((1, 2), torch.int64)), r"key has shape \[1, 2\], expected an int64 tensor of shape \[2\]"),
     (dict(n_samples=0), "n_samples is 0, expected 1 to"),
     (dict(kl=3), "kl is 3, expected 0"),
     (dict(kl=-1), "kl is -1, expected 0"),
     (dict(stream=-1), "stream is -1, expected 0 to"),
 ]
-SCALE = [(dict(scale=3), "scale is 3, expected 0"), (dict(scale=-1), "scale is -1, expected 0")]
+SCALE = [(dict(scale=5), "scale is 5, expected 0"), (dict(scale=-1), "scale is -1, expected 0")]
 POSTERIOR = [
     (dict(rho=(3, 5)), r"rho has shape \[3, 5\], expected that of mu: \[5, 3\]"),
     (dict(rho=((5, 3), D)), "rho and mu have different dtypes"),
