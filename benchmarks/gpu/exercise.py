@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+from functools import partial
 from typing import Iterator
 
 import torch
@@ -28,6 +29,8 @@ def cases(device: str) -> Iterator[tuple[str, operators.Calls]]:
         name = f"{dtype}, x {x_dtype}, {draws} draws"
         if dtype == x_dtype:
             yield f"elementwise, {name}", operators.elementwise(33, 127, reduce=draws == 1, **options)
+        if dtype == operators.sum_type(dtype):
+            yield f"sum, {name}", {"sum_values": partial(operators.OPS._sum_values, [torch.ones((), dtype=dtype, device=device)] * 70)}
         for shape in SHAPES:
             yield f"linear {shape}, {name}", operators.linear(*shape, x_dtype=x_dtype, **options)
 

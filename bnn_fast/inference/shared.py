@@ -58,6 +58,8 @@ def shared(model: nn.Module, x) -> tuple[Callable, object]:
     if state is not None and not torch.equal(state, _random_state(x.device)):
         _random.setdefault(model, set()).add(training)  # a BatchNorm in it shall not see every batch twice
         return model, x  # dropout in a module of another's: each draw has its own
+    if isinstance(h, Tensor) and h.shape[:1] != x.shape[:1]:
+        return model, x  # several of its rows are one of x, and of the outputs
     h = h if isinstance(h, Tensor) else (h,)
     return Rest(after, h), h
 

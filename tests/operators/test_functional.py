@@ -197,7 +197,7 @@ BAD = [
     (dict(bias_mu=torch.randn(4), bias_rho=torch.randn(4)), ValueError, r"bias_mu: expected \[5\]"),
     (dict(bias_mu=torch.randn(5).double(), bias_rho=torch.randn(5).double()), TypeError,
      "bias_mu: expected torch.float32"),
-    (dict(key=torch.tensor([1, 2, 3])), ValueError, r"key: expected shape \[2\]"),
+    (dict(key=torch.tensor([1, 2, 3, 4])), ValueError, r"key: expected shape \[2\]"),
     (dict(key=7), TypeError, r"key: expected an int64 tensor \[2\].*given int 7"),
     (dict(key=torch.zeros(2, dtype=torch.int64, device="meta")), ValueError, "key: expected to be on cpu"),
     (dict(scale="soft"), ValueError, "scale: expected one of 'softplus', 'exp', 'sqrt_exp', 'square', 'identity', given 'soft'"),

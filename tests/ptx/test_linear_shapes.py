@@ -69,6 +69,9 @@ def test_fused_priors(dtypes, cuda_ops):
     for shape, batch in ((UNALIGNED, 3), (ALIGNED[0], 13)):
         check_fused(shape, batch, dtypes, cuda_ops, kl="analytic", prior=True)
     check_fused(UNALIGNED, 3, dtypes, cuda_ops, kl="analytic", scale="exp")
+    for shape in (UNALIGNED, ALIGNED[0]):  # of these scales ALL_OPTIONS has the others for few rows
+        check_fused(shape, 3, dtypes, cuda_ops, kl="sampled", scale="square")
+        check_fused(shape, 3, dtypes, cuda_ops, kl="analytic", scale="identity")
 
 
 @pytest.mark.parametrize("dtypes", OWN_TYPES + MIXED_TYPES[:1], ids=str)
