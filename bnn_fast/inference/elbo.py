@@ -89,7 +89,7 @@ class ELBO(nn.Module):
     def _pass(self, x, n_samples: int) -> tuple[object, Tensor]:
         """(outputs [S, B, ...] of the draws, the KL)."""
         n_samples = checks.positive_int("n_samples", n_samples)
-        x = given(x)
+        x = given(self.model, x)
         count_rows(x, self.vectorized is True)
         with Draws(self.model, n_samples, self.seed) as draws:
             return drawn(self.model, x, n_samples, draws, self.vectorized, self.output, kl_of_pass)

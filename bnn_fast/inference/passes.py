@@ -44,7 +44,7 @@ def mc_forward(model: nn.Module, x, n_samples: int, seed: int | None = None, *,
     vectorized = checked_way(vectorized)
     n_samples = checks.positive_int("n_samples", n_samples)
     checked_output(output)
-    x = given(x)
+    x = given(model, x)
     count_rows(x, vectorized is True)
     with Draws(model, n_samples, seed) as draws:
         return drawn(model, x, n_samples, draws, vectorized, output)[0]

@@ -111,12 +111,13 @@ def _batches(model: nn.Module, x, stacked: bool) -> tuple[Iterable, int | None]:
     many = isinstance(x, Iterator) or (isinstance(x, Iterable) and not isinstance(x, (Tensor, tuple, list, Mapping, str, bytes))
                                        and not is_dataclass(x) and not hasattr(x, "to") and not hasattr(x, "__array__"))
     if not many:
-        return [given(x)], count_rows(given(x), stacked)
+        x = given(model, x)
+        return [x], count_rows(x, stacked)
     parameter = next(model.parameters(), None)
-    return (_of_loader(batch, None if parameter is None else parameter.device) for batch in x), None
+    return (_of_loader(model, batch, None if parameter is None else parameter.device) for batch in x), None
 
 
-def _of_loader(batch, device: torch.device | None):
+def _of_loader(model: nn.Module, batch, device: torch.device | None):
     """The input in a batch."""
     if type(batch) in (tuple, list):
         if len(batch) not in (1, 2):
@@ -124,7 +125,7 @@ def _of_loader(batch, device: torch.device | None):
                              f"tuple or dictionary, given {checks.describe(batch)}: ((a, b) for a, b, y in loader) gives "
                              "a and y as these, (((a, b), y) for a, b, y in loader) both as inputs")
         batch = batch[0]
-    return moved(given(batch), device)
+    return moved(given(model, batch), device)
 
 
 def _compiled(model: nn.Module) -> bool:

@@ -7,7 +7,7 @@ import enum
 from collections.abc import Callable, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .. import checks
@@ -61,9 +61,19 @@ def moved(x, device: torch.device | None):
     return rebuild([leaf.to(device, non_blocking=True) if isinstance(leaf, Tensor) and device is not None else leaf for leaf in leaves])
 
 
-def given(x):
-    """x as `call` takes it: a mapping of any kind as a dictionary."""
-    return dict(x) if isinstance(x, Mapping) else x
+def given(model: Callable, x):
+    """x as `call` takes it: a mapping of any kind as a dictionary. TypeError for several inputs of an nn.Sequential."""
+    x = dict(x) if isinstance(x, Mapping) else x
+    several = type(x) is tuple and len(x) != 1 or type(x) is dict and set(x) != {"input"}  # as forward's argument is called
+    if several and isinstance(model, nn.Sequential) and _own_forward(model) and not model._forward_pre_hooks:
+        raise TypeError("x: expected the one input that an nn.Sequential has, such as a tensor [B, ...], given "
+                        f"{checks.describe(x)}; a tuple or dictionary that is one input is (x,)")
+    return x
+
+
+def _own_forward(model: nn.Sequential) -> bool:
+    """Whether it is nn.Sequential's, and not a subclass's or one set on the model."""
+    return getattr(model.forward, "__func__", None) is nn.Sequential.forward
 
 
 def call(model: Callable, x):
