@@ -7,7 +7,9 @@ its element is the sum of (magnitudes.py), so that small elements have to be as 
 
 from __future__ import annotations
 
+import functools
 import math
+from unittest import mock
 
 import torch
 from kernels import (
@@ -26,6 +28,18 @@ from kernels import (
 from magnitudes import elements, sampled
 
 from bnn_fast import Normal, reference
+from bnn_fast.operators import noise
+
+
+@functools.lru_cache(maxsize=32)
+def _noise(key: tuple[int, ...], sizes: tuple[int, ...], **place) -> torch.Tensor:
+    return noise.standard_normal(torch.tensor(key), *sizes, **place)
+
+
+# The reference's noise, made once for the tests one after the other that ask for the same.
+with_kept_noise = mock.patch.object(
+    reference, "standard_normal", lambda key, *sizes, **place: _noise(tuple(key.tolist()), sizes, **place)
+)
 
 
 def judge(what: str, got, plain, truth, magnitude) -> None:
@@ -70,6 +84,7 @@ def plain_sample(mu, rho, *, prior, scale, kl, n_samples, grad_w, grad_kl, offse
     )
 
 
+@with_kept_noise
 def check_sample(*shape, dtype, tensors=False, kl="analytic", ops=OPS, **options):
     """Judges the draws, their KL and their gradients of a tensor of this shape."""
     mu, rho = posterior(*shape, dtype=dtype)
@@ -155,6 +170,7 @@ def linear_magnitudes(x, mu, rho, bias_mu, bias_rho, *, prior, bias_prior, scale
     return y.reshape(*x.shape[:-1], mu.shape[0]), value, (grad_x, weight.mu, weight.rho, *of_bias)
 
 
+@with_kept_noise
 def check_linear(
     x,
     mu,
