@@ -1,4 +1,4 @@
-"""Results do not depend on threads or repetition; every instruction set gives the same noise and sigma."""
+"""Results do not depend on threads or repetition, and are right with every instruction set."""
 
 from __future__ import annotations
 
@@ -111,41 +111,10 @@ def test_short_rows_have_the_bits_that_each_has_alone_bit_for_bit(columns, offse
             assert torch.equal(together[row : row + 1], alone), row
 
 
-DIGEST = """
-import hashlib, torch, bnn_fast
-key = torch.tensor([5, 1])
-rho = torch.linspace(-90, 90, 7 * 1031).view(7, 1031)
-options = dict(n_samples=2, column_offset=3)
-w = [bnn_fast.functional.sample_normal(torch.zeros_like(rho), rho, key, scale=scale, **options)[0]
-     for scale in bnn_fast.checks.SCALES]
-print(bnn_fast.build_info()["cpu_capability"], hashlib.sha256(torch.stack(w).numpy().tobytes()).hexdigest())
-"""
-
-
 CHOSEN = build_info()["cpu_capability"]
 OTHERS = {"generic": [], "avx2": ["generic", "avx2x16"], "avx512": ["generic", "avx2", "avx2x16"]}.get(
     CHOSEN, []
 )
-
-
-def run_with(instruction_set: str, *command: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, *command],
-        env={**os.environ, "BNN_FAST_CPU": instruction_set},
-        text=True,
-        capture_output=True,
-    )
-
-
-def test_every_instruction_set_draws_the_same_bits():
-    digests = set()
-    for name in (CHOSEN, *OTHERS):
-        done = run_with(name, "-c", DIGEST)
-        assert done.returncode == 0, done.stderr
-        used, digest = done.stdout.split()
-        assert used == name
-        digests.add(digest)
-    assert len(digests) == 1
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -153,5 +122,6 @@ def test_other_instruction_sets_pass_these_tests(name):
     files = glob(f"{os.path.dirname(__file__)}/test_kernels_*.py")
     chosen = "awkward or narrow_shapes or beyond_its_rows or (options and softplus-sampled-torch.float32)"
     chosen += " or bit_for_bit or threads or sigma_is or overflow or small_elements"
-    done = run_with(name, "-m", "pytest", "-q", "-x", *files, "-k", chosen)
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", *files, "-k", chosen], text=True, capture_output=True,
+                          env={**os.environ, "BNN_FAST_CPU": name})
     assert done.returncode == 0, done.stdout
