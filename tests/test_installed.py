@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 import zipfile
@@ -120,9 +119,11 @@ def test_importing_is_quick(tmp_path, monkeypatch):
     monkeypatch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
     monkeypatch.setenv("PYTHONPYCACHEPREFIX", str(tmp_path))
     python("import bnn_fast")
-    times = [float(python("import time, torch; start = time.process_time(); import bnn_fast;"
-                          "print(time.process_time() - start)")) for _ in range(3)]
-    assert statistics.median(times) < 0.2
+    times = []
+    while len(times) < 3 and sum(t < 0.2 for t in times) < 2:  # until it is known of two out of three
+        times.append(float(python("import time, torch; start = time.process_time(); import bnn_fast;"
+                                  "print(time.process_time() - start)")))
+    assert sum(t < 0.2 for t in times) >= 2, times
 
 
 def test_importing_needs_no_plotting_and_starts_no_process():

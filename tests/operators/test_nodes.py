@@ -8,7 +8,6 @@ import subprocess
 import sys
 import weakref
 
-import pytest
 import torch
 from common import needs_extension, needs_nodes
 
@@ -47,9 +46,11 @@ def test_it_can_be_left_out_or_missing():
 
 
 @needs_nodes
-@pytest.mark.parametrize("file", ["inference/test_compile", "operators/test_functional", "inference/test_elbo", "inference/test_sampling"])
-def test_without_it_these_tests_pass(file):
-    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", f"{os.path.dirname(__file__)}/../{file}.py"], text=True,
+def test_without_it_these_tests_pass():
+    files = [f"{os.path.dirname(__file__)}/../{name}.py" for name in (
+        "inference/test_compile", "operators/test_functional", "inference/test_elbo", "inference/test_sampling")]
+    # Neither the reference nor inductor meets the nodes.
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", *files, "-k", "not reference_compiles and not inductor"], text=True,
                           capture_output=True, env={**os.environ, "BNN_FAST_NODES": "0"})
     assert done.returncode == 0, done.stdout
 
