@@ -1,6 +1,8 @@
 """The KL divergence of a model's posterior to its prior."""
 from __future__ import annotations
 
+from collections import Counter
+
 import torch
 from torch import Tensor, nn
 
@@ -77,10 +79,15 @@ def _handed_over(model: nn.Module, of_pass: bool) -> Tensor | None:
 def _total(model: nn.Module, owned: list, holds) -> Tensor:
     """The sum of the KLs. holds(layer, its record or None): whether the record is the one to use."""
     calls, values = [], []
-    for _, layer, new in owned:
-        record = layer.recorded()
-        for item in _layer_kl(layer, new, record if holds(layer, record) else None):
-            (values if isinstance(item, Tensor) else calls).append(item)
+    records = [record if holds(layer, record := layer.recorded()) else None for _, layer, _ in owned]
+    met = Counter(call for record, (_, _, new) in zip(records, owned) if record is not None and new is None for call in record.kl or ())
+    for (_, layer, new), record in zip(owned, records):
+        whole = record is not None and all(getattr(call, "layers", 1) == met[call] for call in record.kl or ())
+        for item in _layer_kl(layer, new, record, whole):
+            if isinstance(item, Tensor):
+                values.append(item)
+            elif item not in calls:
+                calls.append(item)
     if calls:
         values.insert(0, autograd.read(calls))
     if not values:
@@ -108,10 +115,10 @@ def _pairs(layer: VariationalLayer, which: list[int] | None) -> list[Pair]:
     return pairs if which is None else [pairs[i] for i in which]
 
 
-def _layer_kl(layer: VariationalLayer, which: list[int] | None, record: Record | None) -> list:
-    """The KL of these pairs of the layer: calls to be read, or tensors."""
+def _layer_kl(layer: VariationalLayer, which: list[int] | None, record: Record | None, whole: bool) -> list:
+    """The KL of these pairs of the layer: calls to be read, or tensors. whole: whether all is read that the record's calls are of."""
     if record is not None and which is None:
-        kl = record.hand_over()
+        kl = record.hand_over() if whole else None
         if kl is not None:
             return list(kl)
         kl = layer.estimated_kl(record)

@@ -11,8 +11,13 @@ from .base import VariationalLayer
 from .modes import ORDINARY, sampling_stack
 from .state import Record
 
+WIDEST, LONGEST = 128, 15   # layers of a chain: kChainWidth, kChainLayers in csrc/problem.h
+
+in_chains: dict[type, object] = {}  # what a chain is made of (chain.py), as Ordinary takes it
+
 _steps = None if autograd.nodes is None else autograd.nodes.Ordinary(
-    autograd.LINEAR.node, sampling_stack, raw.in_plain, ORDINARY, Record, VariationalLayer, checks.SCALES, checks.KLS)
+    autograd.LINEAR.node, autograd.CHAIN.node, sampling_stack, raw.in_plain, ORDINARY, Record, VariationalLayer, checks.SCALES,
+    checks.KLS, in_chains, (WIDEST, LONGEST))
 
 
 def ordinary():
