@@ -21,7 +21,8 @@ def _coded(name: str, *numbers: float) -> tuple[int, float, float]:
     return checks.ACTIVATIONS[name], *(*map(float, numbers), 0.0, 0.0)[:2]
 
 
-ACTIVATIONS = {     # (code, its two numbers) of each
+in_chains.update({
+    VariationalLinear: True, nn.Linear: False,
     nn.Identity: lambda m: _coded("identity"),
     nn.ReLU: lambda m, code=_coded("relu"): code,
     nn.LeakyReLU: lambda m: _coded("leaky_relu", m.negative_slope),
@@ -31,8 +32,7 @@ ACTIVATIONS = {     # (code, its two numbers) of each
     nn.Tanh: lambda m: _coded("tanh"),
     nn.Sigmoid: lambda m: _coded("sigmoid"),
     nn.Softplus: lambda m: _coded("softplus", m.beta, m.threshold),
-}
-in_chains.update({VariationalLinear: True, nn.Linear: False, **ACTIVATIONS})
+})
 
 
 class Sequential(nn.Sequential):
@@ -59,14 +59,14 @@ class Step(NamedTuple):
     activation: nn.Module | None
 
     def code(self) -> tuple[int, float, float]:
-        return _coded("identity") if self.activation is None else ACTIVATIONS[type(self.activation)](self.activation)
+        return _coded("identity") if self.activation is None else in_chains[type(self.activation)](self.activation)
 
 
 def run(model: nn.Sequential, x, draws: int = 1):
     """What the children of an nn.Sequential give, one after the other. draws: x [B, ...] is that of so many draws, and the output
     [draws * B, ...].
     """
-    steps = None if torch_module._has_any_global_hook() else ordinary()
+    steps = None if torch.compiler.is_compiling() or torch_module._has_any_global_hook() else ordinary()
     if steps is not None and (y := steps.chain(model, x, draws)) is not None:
         return y
     return run_modules(model._modules.values(), x, draws)
@@ -74,6 +74,11 @@ def run(model: nn.Sequential, x, draws: int = 1):
 
 def run_modules(modules: Iterable[nn.Module], x, draws: int = 1):
     """The same of any modules."""
+    if torch.compiler.is_compiling():  # it makes kernels of its own
+        x = x if draws == 1 else x.repeat(draws, *(1,) * (x.dim() - 1))
+        for module in modules:
+            x = module(x)
+        return x
     for part in parts(modules):
         y = None
         if isinstance(part, list):
@@ -100,7 +105,7 @@ def parts(modules: Iterable[nn.Module]) -> Iterator[nn.Module | list[Step]]:
                 chain, seen = [], set()
             chain.append(Step(module, None))
             seen.update(map(id, module._parameters.values()))
-        elif chain and chain[-1].activation is None and type(module) in ACTIVATIONS and is_plain(module):
+        elif chain and chain[-1].activation is None and callable(in_chains.get(type(module))) and is_plain(module):
             chain[-1] = Step(chain[-1].layer, module)
         else:
             yield from _chain_or_modules(chain)
@@ -133,17 +138,17 @@ def is_plain(module: nn.Module) -> bool:
 
 def _chain_or_modules(chain: list[Step]) -> list:
     """One layer, or none that is drawn, is no chain."""
-    if len(chain) > 1 and any(type(step.layer) is VariationalLinear for step in chain):
+    if len(chain) > 1 and any(isinstance(step.layer, VariationalLinear) for step in chain):
         return [chain]
     return [m for step in chain for m in modules_of([step])]
 
 
 def _is_step(module: nn.Module) -> bool:
-    kind = type(module)
-    if kind is VariationalLinear:
+    drawn = in_chains.get(type(module))
+    if drawn is True:
         fits = module.estimator == "weight" and "weight_mu" in module._parameters and "parametrizations" not in module._modules
     else:
-        fits = kind is nn.Linear and isinstance(module._parameters.get("weight"), Tensor)
+        fits = drawn is False and isinstance(module._parameters.get("weight"), Tensor)
     return fits and module.in_features <= WIDEST and module.out_features <= WIDEST and is_plain(module)
 
 
@@ -153,9 +158,9 @@ def _continues(chain: list[Step], seen: set[int], module: nn.Module) -> bool:
         return False
     if any(id(t) in seen for t in module._parameters.values() if t is not None):
         return False
-    if type(module) is nn.Linear:
+    if isinstance(module, nn.Linear):
         return True
-    drawn = next((step.layer for step in chain if type(step.layer) is VariationalLinear), module)
+    drawn = next((step.layer for step in chain if isinstance(step.layer, VariationalLinear)), module)
     return (drawn.scale, drawn.kl) == (module.scale, module.kl)
 
 
@@ -163,13 +168,13 @@ def _run_chain(chain: list[Step], x, draws: int) -> Tensor | None:
     """y, or None, and nothing has happened, where the layers have to be called one by one."""
     if why_not(chain, x, draws) is not None:
         return None
-    layers = [step.layer for step in chain if type(step.layer) is VariationalLinear]
+    layers = [step.layer for step in chain if isinstance(step.layer, VariationalLinear)]
     modes = [layer._mode(False)[0] for layer in layers]
     n_samples, mean = modes[0].n_samples, modes[0].mean
     modes, links, keys = iter(modes), [], []
     for step in chain:
         layer, key, prior = step.layer, None, None
-        if type(layer) is nn.Linear:
+        if isinstance(layer, nn.Linear):
             tensors = list(layer._parameters.values())
         elif mean:
             tensors = [layer.weight_mu, layer.bias_mu]
@@ -193,8 +198,6 @@ def _run_chain(chain: list[Step], x, draws: int) -> Tensor | None:
 
 def why_not(chain: list[Step], x, draws: int = 1) -> str | None:
     """Why the chain does not run as one operator on x; None if it does."""
-    if torch.compiler.is_compiling():
-        return "torch.compile makes kernels of its own"
     if autograd.nodes is None:
         return "this build has no nodes for autograd"
     if (autograd.transformed() or torch._C._get_tracing_state() is not None or torch._C._current_graph_task_id() != -1
@@ -212,7 +215,7 @@ def why_not(chain: list[Step], x, draws: int = 1) -> str | None:
         return "the operator runs where x and all parameters are float32, or all float64"
     if x.dim() < 2 or x.shape[-1] != first.in_features:
         return f"it takes x [B, ..., {first.in_features}]"
-    modes = [step.layer.drawing_mode() for step in chain if type(step.layer) is VariationalLinear]
+    modes = [step.layer.drawing_mode() for step in chain if isinstance(step.layer, VariationalLinear)]
     if any((mode.n_samples, mode.mean) != (modes[0].n_samples, modes[0].mean) for mode in modes):
         return "the layers are in different contexts"
     if draws == 1 and x.shape[0] % modes[0].n_samples or draws not in (1, modes[0].n_samples):
