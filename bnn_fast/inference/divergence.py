@@ -78,12 +78,13 @@ def _handed_over(model: nn.Module, of_pass: bool) -> Tensor | None:
 
 def _total(model: nn.Module, owned: list, holds) -> Tensor:
     """The sum of the KLs. holds(layer, its record or None): whether the record is the one to use."""
-    calls, values = [], []
-    records = [record if holds(layer, record := layer.recorded()) else None for _, layer, _ in owned]
-    met = Counter(call for record, (_, _, new) in zip(records, owned) if record is not None and new is None for call in record.kl or ())
-    for (_, layer, new), record in zip(owned, records):
-        whole = record is not None and all(getattr(call, "layers", 1) == met[call] for call in record.kl or ())
-        for item in _layer_kl(layer, new, record, whole):
+    calls, values, records = [], [], []
+    for _, layer, _ in owned:
+        record = layer.recorded()
+        records.append(record if holds(layer, record) else None)
+    whole = [True] * len(records) if torch.compiler.is_compiling() else _whole(records, [new for _, _, new in owned])
+    for (_, layer, new), record, all_met in zip(owned, records, whole):
+        for item in _layer_kl(layer, new, record, all_met):
             if isinstance(item, Tensor):
                 values.append(item)
             elif item not in calls:
@@ -96,6 +97,12 @@ def _total(model: nn.Module, owned: list, holds) -> Tensor:
     for value in values[1:]:
         total = total + value.to(total.device)
     return total
+
+
+def _whole(records: list[Record | None], which: list[list[int] | None]) -> list[bool]:
+    """Whether all the layers that each record's calls are of are met: a chain has one KL for all of its layers."""
+    met = Counter(call for record, new in zip(records, which) if record is not None and new is None for call in record.kl or ())
+    return [record is None or all(getattr(call, "layers", 1) == met[call] for call in record.kl or ()) for record in records]
 
 
 def _owned(layers: list[tuple[str, VariationalLayer]],
@@ -116,7 +123,7 @@ def _pairs(layer: VariationalLayer, which: list[int] | None) -> list[Pair]:
 
 
 def _layer_kl(layer: VariationalLayer, which: list[int] | None, record: Record | None, whole: bool) -> list:
-    """The KL of these pairs of the layer: calls to be read, or tensors. whole: whether all is read that the record's calls are of."""
+    """The KL of these pairs of the layer: calls to be read, or tensors. whole: see `_whole`."""
     if record is not None and which is None:
         kl = record.hand_over() if whole else None
         if kl is not None:
