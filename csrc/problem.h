@@ -219,7 +219,7 @@ struct NarrowBackward {
 };
 
 // A chain of layers y = act(x W^T + b), in float32 or float64 (cpu/chain.h).
-constexpr int64_t kChainWidth = 128, kChainLayers = 15;
+constexpr int64_t kChainWidth = 1024, kChainLayers = 15;
 
 struct ChainLayer {
   int64_t inputs, outputs;

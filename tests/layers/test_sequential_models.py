@@ -7,6 +7,7 @@ from common import needs_nodes
 from torch import nn
 
 import bnn_fast as bf
+from bnn_fast.layers import chain
 
 from .chains import net, node_names
 
@@ -99,3 +100,18 @@ def test_explain(capsys):
     assert "after fuse(model)" in capsys.readouterr().out
     with pytest.raises(TypeError, match="model: expected an nn.Module"):
         bf.explain(None, torch.ones(1))
+
+
+def test_wide_layers_are_a_chain_without_gradients_and_with_rows_enough(monkeypatch):
+    model, ran = bf.Sequential(bf.VariationalLinear(20, 200), nn.ReLU(), bf.VariationalLinear(200, 3)), []
+    run = chain._run_chain
+    monkeypatch.setattr(chain, "_run_chain", lambda *a: ran.append(run(*a)) or ran[-1])
+    for rows, chained in ((chain.FEWEST_ROWS, True), (chain.FEWEST_ROWS - 1, False)):
+        x, drawn = torch.randn(rows, 20), bf.draw(model, 3)
+        ran.clear()
+        with torch.no_grad(), bf.sampling(model, seed=3):
+            torch.testing.assert_close(model(x), drawn(x).detach(), rtol=1e-4, atol=1e-5)
+        assert [y is not None for y in ran] == [chained]
+    assert len(node_names(model(torch.randn(40, 20)))) == 2
+    samples = bf.predict(model, torch.randn(50, 20), n_samples=3, seed=4)
+    assert samples.samples.shape == (3, 50, 3)

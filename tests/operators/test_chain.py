@@ -25,6 +25,7 @@ SHAPES = {
     "narrow": ((1, 20, 20, 1), 37, 3, False, (), ()),
     "shared": ((5, 7, 33, 2), 70, 2, True, (1,), (0, 2)),
     "wide": ((128, 128, 10), 300, 1, False, (0,), ()),
+    "wider": ((9, 200, 3), 90, 2, True, (), ()),
     "one row": ((3, 4, 2), 1, 2, False, (), ()),
     "tasks": ((2, 8, 1), 1100, 1, False, (), (1,)),
 }
@@ -267,8 +268,8 @@ def test_other_inputs_are_refused():
     half = [link._replace(tensors=[t.half() for t in link.tensors]) for link in links]
     with pytest.raises(RuntimeError, match="expected float32 or float64"):
         OPS._variational_chain(torch.ones(2, 3).half(), *packing.to_chain(half, "softplus", None, 1, False))
-    with pytest.raises(RuntimeError, match="layer 0 has 129 inputs and 2 outputs, expected at most 128"):
-        OPS._variational_chain(torch.ones(2, 129), *packing.to_chain(links_of((129, 2)), "softplus", None, 1, False))
+    with pytest.raises(RuntimeError, match="layer 0 has 1025 inputs and 2 outputs, expected at most 1024"):
+        OPS._variational_chain(torch.ones(2, 1025), *packing.to_chain(links_of((1025, 2)), "softplus", None, 1, False))
 
 
 @pytest.mark.parametrize("instruction_set", ["generic", "avx2", "avx2x16"])
