@@ -17,6 +17,8 @@ from torch import Tensor
 SCALES = {"softplus": 0, "exp": 1, "sqrt_exp": 2, "square": 3, "identity": 4}
 KLS = {None: 0, "analytic": 1, "sampled": 2}
 ESTIMATORS = {"weight": 0, "local": 1, "flipout": 2}
+ACTIVATIONS = {"identity": 0, "relu": 1, "leaky_relu": 2, "elu": 3, "gelu": 4, "gelu_tanh": 5, "silu": 6, "tanh": 7, "sigmoid": 8,
+               "softplus": 9}
 REDUCTIONS = {"sum": 0, "mean": 1, "none": 2}
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _HALVES = (torch.bfloat16, torch.float16)

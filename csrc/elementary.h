@@ -6,6 +6,11 @@
 
 BNN_FAST_BEGIN
 
+// a b, and 0 for a = 0 even if b has overflowed.
+template <class F> BNN_FN F times(F a, F b) {
+  return select(a == typename Lane<F>::Scalar(0), a, a * b);
+}
+
 // log(1 + f) for f in [sqrt(1/2) - 1, sqrt(2) - 1]:  f + f^2 q(f).
 template <class F> BNN_FN F log1p_reduced(F f) {
   F q = splat<F>(0.0873517096f);
@@ -53,15 +58,17 @@ template <class F> BNN_FN F log1p_lane(F t) {
 }
 BNN_FN double log1p_lane(double t) { return log1p(t); }
 
-// e^r for |r| <= log(2)/2.
-template <class F> BNN_FN F exp_reduced(F r) {
+// e^r - 1 for |r| <= log(2)/2.
+template <class F> BNN_FN F expm1_reduced(F r) {
   F q = splat<F>(0.00138164358f);
   q = fma_lane(q, r, splat<F>(0.00836874731f));
   q = fma_lane(q, r, splat<F>(0.0416683480f));
   q = fma_lane(q, r, splat<F>(0.166665196f));
   q = fma_lane(q, r, splat<F>(0.499999940f));
-  return fma_lane(r * r, q, r) + 1.0f;
+  return fma_lane(r * r, q, r);
 }
+
+template <class F> BNN_FN F exp_reduced(F r) { return expm1_reduced(r) + 1.0f; }
 
 // e^x = 2^n e^r. 2^n is applied in two factors, so that results near the ends of the range are rounded once: denormal below,
 // inf above.

@@ -15,6 +15,9 @@
 //                stream, row_offset, column_offset of the noise; a layer's bias has the stream behind its weight's
 //              of an estimated layer, at the end
 //                estimator  1 local, 2 flipout (problem.h)
+//              of a chain, in the place of all behind n_samples
+//                shared  1 where all samples have the same x
+//                of every layer  1 where it is drawn, 2 where it has a bias, in one number; its activation (activation.h)
 //              of the KL without a draw
 //                reduce  1 for the sum, 0 for every element
 //   grads      of the results in their order, None for one that nobody uses
@@ -54,6 +57,15 @@ BNN_FAST_DEFINE(BNN_FAST_LIBRARY, m) {
       "(Tensor y, Tensor kl_sum, Tensor kept)");
   m.def(
       "_estimated_linear_backward(Tensor?[] grads, Tensor? x, Tensor[] posterior, Tensor key, Tensor[] prior, "
+      "float[] numbers, int[] options, bool need_grad_x, Tensor? kept) -> Tensor[]");
+  // A chain of linear layers with activations (cpu/chain.h), on the CPU alone. `parameters` are each layer's, mu and rho of one
+  // that is drawn; keys are of those, and numbers are theirs and then two of every layer's activation. `kept` are the drawn weights,
+  // or nothing where they are many.
+  m.def(
+      "_variational_chain(Tensor x, Tensor[] parameters, Tensor[] keys, Tensor[] prior, float[] numbers, int[] options) -> "
+      "(Tensor y, Tensor kl_sum, Tensor kept)");
+  m.def(
+      "_variational_chain_backward(Tensor?[] grads, Tensor? x, Tensor[] parameters, Tensor[] keys, Tensor[] prior, "
       "float[] numbers, int[] options, bool need_grad_x, Tensor? kept) -> Tensor[]");
   // 0 small (the CPU's narrow.h, CUDA's small_linear*), 1 fused, 2 drawn (layer.h)
   m.def("_linear_regime(Tensor x, Tensor weight_mu, int n_samples) -> int");

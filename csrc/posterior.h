@@ -26,11 +26,6 @@ template <class Scalar> BNN_FN constexpr Scalar largest() {
   return static_cast<Scalar>(sizeof(Scalar) == 4 ? 3.40282347e38 : 1.7976931348623157e308);
 }
 
-// a b, and 0 for a = 0 even if b has overflowed.
-template <class F> BNN_FN F times(F a, F b) {
-  return select(a == typename Lane<F>::Scalar(0), a, a * b);
-}
-
 // Unused members cost nothing: everything is inlined.
 template <class F> struct Spread {
   F sigma, log_sigma;

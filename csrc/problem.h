@@ -218,4 +218,58 @@ struct NarrowBackward {
   float* partial;       // [tasks, inputs + 1, outputs]: each task's part of the weights' gradient, then the bias's
 };
 
+// A chain of layers y = act(x W^T + b), in float32 or float64 (cpu/chain.h).
+constexpr int64_t kChainWidth = 1024, kChainLayers = 15;
+
+struct ChainLayer {
+  int64_t inputs, outputs;
+  int activation;         // enum Activation
+  double first, second;   // its numbers
+  const void* weight;     // [samples, outputs, inputs]; or [outputs, inputs], the same for all samples
+  const void* bias;       // [samples, outputs] or [outputs], or null
+  bool drawn;             // whether each sample has its own
+  int64_t parameters() const { return inputs * outputs + (bias ? outputs : 0); }
+};
+
+// How the rows of all samples are cut into tasks, by the shape alone: each has rows of one sample, a multiple of kStrip of them but
+// for the last.
+struct ChainTasks {
+  static constexpr int64_t kStrip = 64;
+  int64_t batch, per_sample, rows, count;
+
+  // most_rows: a task begins and ends with sums over its parameters, which 256 rows are worth; where there are many tasks each
+  // rather has more rows, up to these.
+  ChainTasks(int64_t samples, int64_t batch, int64_t most_rows) : batch(batch) {
+    int64_t fair = batch / 16 < 256 ? 256 : batch / 16 < most_rows ? batch / 16 : most_rows;
+    int64_t wanted = samples < 64 ? 64 / samples : 1, most = (batch + fair - 1) / fair, parts = most < wanted ? most : wanted;
+    rows = parts > 0 ? ((batch + parts - 1) / parts + kStrip - 1) / kStrip * kStrip : 0;
+    per_sample = parts > 0 ? (batch + rows - 1) / rows : 0;
+    count = samples * per_sample;
+  }
+  int64_t sample(int64_t t) const { return t / per_sample; }
+  int64_t first_row(int64_t t) const { return t % per_sample * rows; }  // of the sample's
+  int64_t end_row(int64_t t) const { return first_row(t) + rows < batch ? first_row(t) + rows : batch; }
+};
+
+struct ChainForward {
+  const ChainLayer* layers;
+  int64_t count, samples, batch;  // batch: of one sample
+  bool shared;                    // all samples have the same x
+  bool wide;                      // float64
+  const void* x;                  // [samples, batch, inputs] or [batch, inputs]
+  void* y;                        // [samples, batch, outputs]
+  static constexpr int64_t kMostRows = 256;
+};
+
+struct ChainBackward {
+  const ChainLayer* layers;
+  int64_t count, samples, batch;
+  bool shared, wide;
+  const void* x;
+  const void* grad_y;  // [samples, batch, outputs]
+  void* grad_x;        // [samples, batch, inputs] or null
+  void* partial;       // [tasks, parameters]: each task's part of the gradients of weight and bias, layer after layer
+  static constexpr int64_t kMostRows = 1024;
+};
+
 }  // namespace bnn_fast

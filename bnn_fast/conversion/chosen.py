@@ -15,7 +15,7 @@ from ..layers.base import VariationalLayer
 
 _LAYERS = sys.modules[f"{__package__.rpartition('.')[0]}.layers"]
 COUNTERPARTS = {getattr(nn, name.removeprefix("Variational")): getattr(_LAYERS, name) for name in _NAMES
-                if hasattr(nn, name.removeprefix("Variational"))}
+                if name.startswith("Variational") and hasattr(nn, name.removeprefix("Variational"))}
 
 
 def choose(model: nn.Module, layers) -> dict[str, nn.Module]:

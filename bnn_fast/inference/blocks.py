@@ -13,7 +13,7 @@ from .moments import Moments
 from .passes import Unmapped, mapped, repeated, single
 from .prediction import Prediction
 from .sampling import Draws
-from .shared import of_head, shared
+from .shared import Rest, of_head, shared
 from .structure import count_rows, flatten, part
 
 KEPT_BYTES = 2 ** 30   # draws are kept, for quantiles and samples, up to this size
@@ -73,7 +73,7 @@ class Run:
         elif self.n_samples > 1 and not self.whole:
             model, x = shared(model, x)
         way = self._way(model, x, output)
-        n_draws = 1 if way is False else self._draws(x, rows)
+        n_draws = 1 if way is False else self._draws(model, x, rows)
         first, pending, size = 0, [], 0
         for s in range(0, self.n_samples, n_draws):
             count = min(n_draws, self.n_samples - s)
@@ -115,8 +115,10 @@ class Run:
             return max(1, rows) if self.way is not True else min(_ROWS, max(1, _NUMBERS // _numbers(x)))
         return self.batch_size
 
-    def _draws(self, x, rows: int) -> int:
+    def _draws(self, model: Callable, x, rows: int) -> int:
         """The draws of one call."""
+        if isinstance(model, Rest) and model.is_one_chain():  # which repeats nothing and has nothing between its layers in memory
+            return max(1, min(self.n_samples, self.batch_size or _BLOCK // max(1, rows)))
         together = self.batch_size or min(_ROWS_OF_SEVERAL_DRAWS, max(1, _NUMBERS // _numbers(x)))
         weights = max((pair.mu.numel() for _, layer in named_layers(self.model) for pair in layer.pairs()), default=0)
         draws = max(1, min(together // max(1, rows), _WEIGHTS // max(1, weights)))

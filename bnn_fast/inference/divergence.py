@@ -1,6 +1,8 @@
 """The KL divergence of a model's posterior to its prior."""
 from __future__ import annotations
 
+from collections import Counter
+
 import torch
 from torch import Tensor, nn
 
@@ -76,11 +78,17 @@ def _handed_over(model: nn.Module, of_pass: bool) -> Tensor | None:
 
 def _total(model: nn.Module, owned: list, holds) -> Tensor:
     """The sum of the KLs. holds(layer, its record or None): whether the record is the one to use."""
-    calls, values = [], []
-    for _, layer, new in owned:
+    calls, values, records = [], [], []
+    for _, layer, _ in owned:
         record = layer.recorded()
-        for item in _layer_kl(layer, new, record if holds(layer, record) else None):
-            (values if isinstance(item, Tensor) else calls).append(item)
+        records.append(record if holds(layer, record) else None)
+    whole = [True] * len(records) if torch.compiler.is_compiling() else _whole(records, [new for _, _, new in owned])
+    for (_, layer, new), record, all_met in zip(owned, records, whole):
+        for item in _layer_kl(layer, new, record, all_met):
+            if isinstance(item, Tensor):
+                values.append(item)
+            elif item not in calls:
+                calls.append(item)
     if calls:
         values.insert(0, autograd.read(calls))
     if not values:
@@ -89,6 +97,12 @@ def _total(model: nn.Module, owned: list, holds) -> Tensor:
     for value in values[1:]:
         total = total + value.to(total.device)
     return total
+
+
+def _whole(records: list[Record | None], which: list[list[int] | None]) -> list[bool]:
+    """Whether all the layers that each record's calls are of are met: a chain has one KL for all of its layers."""
+    met = Counter(call for record, new in zip(records, which) if record is not None and new is None for call in record.kl or ())
+    return [record is None or all(getattr(call, "layers", 1) == met[call] for call in record.kl or ()) for record in records]
 
 
 def _owned(layers: list[tuple[str, VariationalLayer]],
@@ -108,10 +122,10 @@ def _pairs(layer: VariationalLayer, which: list[int] | None) -> list[Pair]:
     return pairs if which is None else [pairs[i] for i in which]
 
 
-def _layer_kl(layer: VariationalLayer, which: list[int] | None, record: Record | None) -> list:
-    """The KL of these pairs of the layer: calls to be read, or tensors."""
+def _layer_kl(layer: VariationalLayer, which: list[int] | None, record: Record | None, whole: bool) -> list:
+    """The KL of these pairs of the layer: calls to be read, or tensors. whole: see `_whole`."""
     if record is not None and which is None:
-        kl = record.hand_over()
+        kl = record.hand_over() if whole else None
         if kl is not None:
             return list(kl)
         kl = layer.estimated_kl(record)

@@ -12,6 +12,8 @@ from contextvars import ContextVar
 import torch
 from torch import nn
 
+from ..layers.ordinary import in_chains
+
 _evaluated: ContextVar[frozenset[int]] = ContextVar("bnn_fast.evaluation", default=frozenset())
 _lock = threading.Lock()
 _borrowed: dict[int, list] = {}     # id of a module -> [module, its own class, how many evaluate it]
@@ -116,7 +118,10 @@ def _evaluating(base: type) -> type | None:
 
     body = {"training": property(get, put), "__reduce_ex__": reduce, "__module__": base.__module__,
             "__qualname__": base.__qualname__, "__doc__": base.__doc__}
-    return type(base)(base.__name__, (base,), body)
+    found = type(base)(base.__name__, (base,), body)
+    if base in in_chains:
+        in_chains[found] = in_chains[base]
+    return found
 
 
 def _borrow(module: nn.Module, taken: list[nn.Module]) -> None:

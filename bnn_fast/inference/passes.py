@@ -11,8 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .. import checks
+from ..layers.chain import run, runs_its_children
 from .sampling import Draws
-from .shared import shared
+from .shared import Rest, shared
 from .structure import call, count_rows, flatten, given, repeat, stack, unstacked
 
 __all__ = ["mc_forward"]
@@ -81,13 +82,23 @@ def drawn(model: nn.Module, x, n_samples: int, draws: Draws, vectorized: bool | 
 
 def repeated(model: Callable, x, n_samples: int, output: Callable | None = None):
     """model on x, its rows repeated n_samples times along dimension 0, as [n_samples, B, ...]."""
-    y = chosen(call(model, x if n_samples == 1 else repeat(x, n_samples)), output)
-    return unstacked(y, n_samples, count_rows(x), x)
+    if isinstance(model, Rest):
+        y = model.repeated(x, n_samples)
+    else:
+        y = _called(model, x if n_samples == 1 else repeat(x, n_samples))
+    return unstacked(chosen(y, output), n_samples, count_rows(x), x)
+
+
+def _called(model: Callable, x):
+    """A call of the model; of an nn.Sequential that does nothing but call its children, with its chains as one operator."""
+    if isinstance(x, Tensor) and isinstance(model, nn.Sequential) and not torch.compiler.is_compiling() and runs_its_children(model):
+        return run(model, x)
+    return call(model, x)
 
 
 def single(model: Callable, x, output: Callable | None = None):
     """model on x under one draw."""
-    y = chosen(call(model, x), output)
+    y = chosen(_called(model, x), output)
     if not isinstance(y, Tensor) and not any(isinstance(leaf, Tensor) for leaf in flatten(y)[0]):
         raise TypeError(f"model: expected a tensor as output, or tensors in it, given {checks.describe(y)}")
     return y

@@ -7,11 +7,11 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 
 from .. import checks
 from ..layers.base import VariationalLayer, named_layers
-from .structure import call, flatten, with_rows
+from ..layers.chain import flat, parts, run_modules, runs_its_children
+from .structure import call, flatten, repeat, with_rows
 
 _RANDOM = (nn.modules.dropout._DropoutNd, nn.RReLU, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d)
 
@@ -33,10 +33,21 @@ class Rest:
         if self._kept:
             inputs = with_rows(lambda t: t.clone() if id(t) in self._kept else t, inputs)
         positional = len(inputs) - len(self.names)
+        if len(inputs) == 1 == positional:
+            return run_modules(self.modules, *inputs)
         y = self.modules[0](*inputs[:positional], **dict(zip(self.names, inputs[positional:])))
-        for module in self.modules[1:]:
-            y = module(y)
-        return y
+        return run_modules(self.modules[1:], y)
+
+    def is_one_chain(self) -> bool:
+        """Whether all of it runs as one operator, as far as the modules tell."""
+        found = list(parts(self.modules))
+        return len(found) == 1 and isinstance(found[0], list)
+
+    def repeated(self, x, n_samples: int):
+        """On x repeated for so many draws; a chain of narrow layers that comes first reads the x that they share where it is."""
+        if n_samples == 1 or not isinstance(x, Tensor) or self.names:
+            return call(self, x if n_samples == 1 else repeat(x, n_samples))
+        return run_modules(self.modules, x, n_samples)
 
 
 def shared(model: nn.Module, x) -> tuple[Callable, object]:
@@ -49,6 +60,8 @@ def shared(model: nn.Module, x) -> tuple[Callable, object]:
     known = next((i for i, module in enumerate(before) if _may_be_random(module)), len(before))
     before, after = before[:known], before[known:] + after
     training = any(m.training for module in before for m in module.modules())
+    if not before and runs_its_children(model):
+        return Rest(list(flat(after)), x), x
     if not before or not after or training in _random.get(model, ()):
         return model, x
     state = _random_state(x.device)
@@ -73,18 +86,10 @@ def _parts(model: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
     else:
         return children, []
     before, after = children[:i], children[i:]
-    if child is not None and _runs_its_children(child):
+    if child is not None and runs_its_children(child):
         inner_before, inner_after = _parts(child)
         before, after = before + inner_before, inner_after + after[1:]
-    return (before, after) if _runs_its_children(model) else ([], [model])
-
-
-def _runs_its_children(module: nn.Module) -> bool:
-    """Whether a call of the module is nothing but calls of its children."""
-    return (type(module).forward is nn.Sequential.forward and type(module).__call__ is nn.Module.__call__
-            and "forward" not in module.__dict__ and getattr(module, "_compiled_call_impl", None) is None
-            and not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
-            and not torch_module._has_any_global_hook())
+    return (before, after) if runs_its_children(model) else ([], [model])
 
 
 def _may_be_random(module: nn.Module) -> bool:

@@ -4,6 +4,7 @@ checks; nothing here knows of inference.
 from .attention import VariationalMultiheadAttention
 from .base import VariationalLayer
 from .bilinear import VariationalBilinear
+from .chain import Sequential
 from .convolution import (
     VariationalConv1d, VariationalConv2d, VariationalConv3d, VariationalConvTranspose1d, VariationalConvTranspose2d,
     VariationalConvTranspose3d)
@@ -13,14 +14,15 @@ from .normalisation import (
     VariationalBatchNorm1d, VariationalBatchNorm2d, VariationalBatchNorm3d, VariationalGroupNorm, VariationalLayerNorm)
 from .recurrent import (
     VariationalGRU, VariationalGRUCell, VariationalLSTM, VariationalLSTMCell, VariationalRNN, VariationalRNNCell)
+from .sequential import VariationalMLP, fuse
 from .variational import Variational
 from .variational_linear import VariationalLinear
 
 __all__ = [
-    "NoisyLinear", "Variational", "VariationalBatchNorm1d", "VariationalBatchNorm2d", "VariationalBatchNorm3d",
+    "NoisyLinear", "Sequential", "Variational", "VariationalBatchNorm1d", "VariationalBatchNorm2d", "VariationalBatchNorm3d",
     "VariationalBilinear", "VariationalConv1d", "VariationalConv2d", "VariationalConv3d",
     "VariationalConvTranspose1d", "VariationalConvTranspose2d", "VariationalConvTranspose3d", "VariationalEmbedding",
     "VariationalEmbeddingBag", "VariationalGRU",
     "VariationalGRUCell", "VariationalGroupNorm", "VariationalLSTM", "VariationalLSTMCell", "VariationalLayer",
-    "VariationalLayerNorm", "VariationalLinear", "VariationalMultiheadAttention", "VariationalRNN",
-    "VariationalRNNCell"]
+    "VariationalLayerNorm", "VariationalLinear", "VariationalMLP", "VariationalMultiheadAttention", "VariationalRNN",
+    "VariationalRNNCell", "fuse"]

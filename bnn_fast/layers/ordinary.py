@@ -11,8 +11,15 @@ from .base import VariationalLayer
 from .modes import ORDINARY, sampling_stack
 from .state import Record
 
+# How wide a chain's layers are at most, with gradients and without, and how many (kChainWidth, kChainLayers in csrc/problem.h). Forward
+# the operator has the rate of a large GEMM at any width; backward its sums by lane leave the cache.
+WIDEST_TRAINED, WIDEST, LONGEST = 128, 1024, 15
+
+in_chains: dict[type, object] = {}  # what a chain is made of (chain.py), as Ordinary takes it
+
 _steps = None if autograd.nodes is None else autograd.nodes.Ordinary(
-    autograd.LINEAR.node, sampling_stack, raw.in_plain, ORDINARY, Record, VariationalLayer, checks.SCALES, checks.KLS)
+    autograd.LINEAR.node, autograd.CHAIN.node, sampling_stack, raw.in_plain, ORDINARY, Record, VariationalLayer, checks.SCALES,
+    checks.KLS, in_chains, (WIDEST_TRAINED, LONGEST))
 
 
 def ordinary():

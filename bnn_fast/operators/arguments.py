@@ -12,6 +12,8 @@ from .. import checks
 from ..priors import Normal
 
 KL, N_SAMPLES, ESTIMATOR = 2, 3, 7  # where they are among the options of what draws
+SHARED, LAYERS = 4, 5  # and of a chain
+KEPT = 2 ** 20        # elements of drawn weights that a chain keeps for its backward
 REDUCE = 2            # and among those of the KL without a draw
 PAIR = ("mu", "rho")  # names of the posterior's tensors, as errors call them
 LAYER = ("weight_mu", "weight_rho", "bias_mu", "bias_rho")
@@ -44,6 +46,36 @@ def to_draw(posterior: list[Tensor], key: Tensor, prior: Prior, scale: str, kl: 
     return (posterior, key, prior.tensors, prior.numbers,
             [checks.SCALES[scale], prior.places, checks.KLS[kl], n_samples, stream, row_offset, column_offset]
             + ([] if estimator == "weight" else [checks.ESTIMATORS[estimator]]))
+
+
+class Link(NamedTuple):
+    """A layer of a chain: (mu, rho) of its weight and bias, or the weight and bias of one that is not drawn; the bias may be missing.
+
+    numbers, prior: as `pack_prior` takes them; key: of one that is drawn, or None. activation: (code, its two numbers).
+    """
+    tensors: list[Tensor]
+    key: Tensor | None = None
+    prior: Prior | None = None
+    activation: tuple[int, float, float] = (0, 0.0, 0.0)
+
+
+def to_chain(links: Sequence[Link], scale: str, kl: str | None, n_samples: int, shared: bool) -> tuple:
+    """The arguments, behind x, of a chain."""
+    tensors, keys, priors, numbers, places = [], [], [], [], 0
+    options = [checks.SCALES[scale], 0, checks.KLS[kl], n_samples, int(shared)]
+    for link in links:
+        tensors += link.tensors
+        drawn = link.key is not None
+        if drawn:
+            keys.append(link.key)
+            places |= link.prior.places << len(numbers)
+            priors += link.prior.tensors
+            numbers += link.prior.numbers
+        options += (drawn + 2 * (len(link.tensors) > 1 + drawn), link.activation[0])
+    options[1] = places
+    for link in links:
+        numbers += link.activation[1:]
+    return tensors, keys, priors, numbers, options
 
 
 def to_compare(posterior: list[Tensor], prior: Prior, scale: str, reduce: bool) -> tuple:

@@ -78,6 +78,8 @@ if HAS_EXTENSION:
 
     estimated_linear = torch.ops.bnn_fast._estimated_linear.default
     estimated_linear_backward = torch.ops.bnn_fast._estimated_linear_backward.default
+    variational_chain = torch.ops.bnn_fast._variational_chain.default
+    variational_chain_backward = torch.ops.bnn_fast._variational_chain_backward.default
 
     def _together(names, posterior, prior, **others):
         """For plain meta tensors as for those of a trace: one that has no data among others that have some would have the
@@ -145,6 +147,26 @@ if HAS_EXTENSION:
         weight_mu = _together(arguments.LAYER, posterior, prior, x=x, key=key, grad_y=grads[0], grad_kl=grads[1], kept=kept)
         need_grad_x = need_grad_x and grads[0] is not None
         return [x.new_empty(x.shape) if need_grad_x else weight_mu.new_empty((0,)), *_like(posterior)]
+
+    @torch.library.register_fake("bnn_fast::_variational_chain")
+    def _(x, parameters, keys, prior, numbers, options):
+        _together(("parameters",), parameters, prior, x=x)
+        samples, drawn, outputs = options[arguments.N_SAMPLES], 0, 0
+        tensors = iter(parameters)
+        for kind in options[arguments.LAYERS::2]:
+            own = [next(tensors) for _ in range((1 + kind % 2) * (1 + kind // 2))]
+            outputs = own[0].shape[0]
+            drawn += sum(t.numel() for t in own[::2]) if kind % 2 else 0
+        shape = [*x.shape[:-1], outputs]
+        if options[arguments.SHARED] and x.dim() > 1:
+            shape[0] *= samples
+        return x.new_empty(shape), _scalar(x), x.new_empty((drawn * samples if drawn * samples <= arguments.KEPT else 0,))
+
+    @torch.library.register_fake("bnn_fast::_variational_chain_backward")
+    def _(grads, x, parameters, keys, prior, numbers, options, need_grad_x, kept):
+        _together(("parameters",), parameters, prior, x=x, grad_y=grads[0], grad_kl=grads[1], kept=kept)
+        need_grad_x = need_grad_x and grads[0] is not None
+        return [x.new_empty(x.shape) if need_grad_x else parameters[0].new_empty((0,)), *_like(parameters)]
 else:
     warnings.warn(
         "bnn_fast runs without its compiled operators, in plain PyTorch and slower "

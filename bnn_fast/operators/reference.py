@@ -52,6 +52,36 @@ def variational_linear(x, weight_mu, weight_rho, bias_mu, bias_rho, key, *, prio
     return y.reshape(*x.shape[:-1], out_features), total_kl
 
 
+_ACTIVATIONS = {
+    "identity": lambda z, a, b: z, "relu": lambda z, a, b: F.relu(z), "leaky_relu": lambda z, a, b: F.leaky_relu(z, a),
+    "elu": lambda z, a, b: F.elu(z, a), "gelu": lambda z, a, b: F.gelu(z), "gelu_tanh": lambda z, a, b: F.gelu(z, approximate="tanh"),
+    "silu": lambda z, a, b: F.silu(z), "tanh": lambda z, a, b: z.tanh(), "sigmoid": lambda z, a, b: z.sigmoid(),
+    "softplus": lambda z, a, b: F.softplus(z, a, b)}
+
+
+def variational_chain(x, links, *, scale="softplus", kl="analytic", n_samples=1, shared=False):
+    """A chain of linear layers with activations (arguments.Link), one after the other, and the sum of the KLs of those that are
+    drawn. shared: x [B, ...] is that of all samples.
+    """
+    if shared:
+        x = x.repeat(n_samples, *(1,) * (x.dim() - 1))
+    names, total = list(checks.ACTIVATIONS), None
+    for link in links:
+        if link.key is None:
+            x = F.linear(x, *link.tensors)
+        else:
+            tensors = iter(link.prior.tensors)
+            values = [next(tensors) if link.prior.places >> i & 1 else n for i, n in enumerate(link.prior.numbers)]
+            priors = [Normal.unchecked(*values[i:i + 2]) for i in range(0, len(values), 2)]
+            parameters = [*link.tensors, None, None][:4]
+            x, value = variational_linear(x, *parameters, link.key, prior=priors[0], bias_prior=priors[-1], scale=scale, kl=kl,
+                                          n_samples=n_samples)
+            total = value if total is None or value is None else total + value
+        code, a, b = link.activation
+        x = _ACTIVATIONS[names[code]](x, a, b)
+    return x, total
+
+
 def noisy_linear(x, weight_mu, weight_sigma, bias_mu, bias_sigma, key, *, row_offset=0, column_offset=0):
     """See `bnn_fast.functional.noisy_linear`."""
     checks.noisy(x, weight_mu, weight_sigma, bias_mu, bias_sigma, key)

@@ -147,7 +147,7 @@ bool Call::unchanged() const {
 }
 
 std::string Call::name_of(const Given& given) const {
-  if (given.argument == 0) return op.parameters[given.position];
+  if (given.argument == 0 && given.position < op.parameters.size()) return op.parameters[given.position];
   const auto& argument = op.forward.schema().arguments()[given.argument + op.has_x];
   bool one = argument.type()->kind() == c10::TypeKind::TensorType;
   return one ? argument.name() : argument.name() + "[" + std::to_string(given.position) + "]";

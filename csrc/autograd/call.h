@@ -54,6 +54,7 @@ class Call : public c10::intrusive_ptr_target {
 
   const Operator& op;
   at::Tensor kl;
+  int64_t layers = 1;  // whose KL it is: of a chain's, which can only be read together
 
  private:
   bool hand_over(const at::Tensor& grad);

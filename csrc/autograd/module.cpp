@@ -56,6 +56,7 @@ PYBIND11_MODULE(_autograd, m) {
       }));
   py::class_<Call, c10::intrusive_ptr<Call>>(m, "Call")
       .def_readonly("kl", &Call::kl)
+      .def_readwrite("layers", &Call::layers)
       .def("unchanged", &Call::unchanged);
   // torch's wrapper lets errors of Python code below (an operator on meta tensors) keep their type.
   m.def("draw", torch::wrap_pybind_function([](const Operator& op, const std::optional<at::Tensor>& x, const py::tuple& arguments) {
@@ -70,8 +71,12 @@ PYBIND11_MODULE(_autograd, m) {
   m.def("fresh_keys", [](int64_t count) { return py::tuple(py::cast(bnn_fast::fresh_keys(count))); });
   using bnn_fast::Ordinary;
   py::class_<Ordinary>(m, "Ordinary")
-      .def(py::init<const Operator&, py::object, py::object, py::tuple, py::object, py::object, py::dict, py::dict>())
+      .def(py::init<const Operator&, const Operator&, py::object, py::object, py::tuple, py::object, py::object, py::dict, py::dict,
+                    py::dict, std::pair<int64_t, int64_t>>())
       .def("call", torch::wrap_pybind_function([](const Ordinary& o, py::handle layer, py::handle x) { return o.call(layer, x); }))
+      .def("chain", torch::wrap_pybind_function([](const Ordinary& o, py::handle modules, py::handle x, int64_t draws) {
+             return o.chain(modules, x, draws);
+           }))
       .def("handed_over", &Ordinary::handed_over)
       .def("pinned", &Ordinary::pinned);
   m.def("kl", torch::wrap_pybind_function([](const Operator& op, const py::tuple& arguments) {

@@ -1,83 +1,10 @@
-// See ordinary.h.
+// The calls of a layer and of a chain: see ordinary.h.
 #include "ordinary.h"
 
-#include <map>
-#include <optional>
-#include <set>
-#include <unordered_set>
+#include "objects.h"
 
 namespace bnn_fast {
 namespace {
-
-namespace py = pybind11;
-
-// Interned once, as dictionaries compare them by address.
-#define NAME(name) PyObject* const name = PyUnicode_InternFromString(#name)
-struct Names {
-  NAME(_parameters);
-  NAME(_buffers);
-  NAME(_modules);
-  NAME(_pruned);
-  NAME(_numbers);
-  NAME(_local);
-  NAME(_shared);
-  NAME(prior_tensors);
-  NAME(parametrizations);
-  NAME(weight_mu);
-  NAME(weight_rho);
-  NAME(bias_mu);
-  NAME(bias_rho);
-  NAME(frozen_key);
-  NAME(scale);
-  NAME(estimator);
-  NAME(kl);
-  NAME(key);
-  NAME(state);
-  NAME(latest);
-  NAME(record);
-  NAME(names);
-  NAME(tensors);
-  NAME(options);
-  NAME(generation);
-  NAME(calls);
-  NAME(mode);
-  NAME(modes);
-  NAME(active);
-};
-#undef NAME
-
-const Names& names() {
-  static const Names found;
-  return found;
-}
-
-// Where the fields of modes.Mode are.
-enum Field { kSamples, kFirstSample, kKey, kMean, kExplicit, kOne, kRepeatable };
-
-PyObject* field(py::handle mode, Field which) { return PyTuple_GET_ITEM(mode.ptr(), which); }
-
-// Borrowed; null where there is none.
-PyObject* item(PyObject* dict, PyObject* name) {
-  return dict && name && PyDict_CheckExact(dict) ? PyDict_GetItemWithError(dict, name) : nullptr;
-}
-
-py::object value_of(const py::object& variable) {
-  PyObject* value = nullptr;
-  if (PyContextVar_Get(variable.ptr(), nullptr, &value) < 0) throw py::error_already_set();
-  return py::reinterpret_steal<py::object>(value);
-}
-
-void set(py::handle object, PyObject* name, py::handle value) {
-  if (PyObject_SetAttr(object.ptr(), name, value.ptr()) < 0) throw py::error_already_set();
-}
-
-py::object get(PyObject* object, PyObject* name) {
-  auto found = py::reinterpret_steal<py::object>(PyObject_GetAttr(object, name));
-  if (!found) throw py::error_already_set();
-  return found;
-}
-
-bool is_tensor(PyObject* object) { return object && THPVariable_Check(object); }
 
 // Whether x would pass checks.linear_input, and the operator runs on its device.
 bool fits(const Operator& op, const at::Tensor& x, const at::Tensor& mu, int64_t samples) {
@@ -87,12 +14,35 @@ bool fits(const Operator& op, const at::Tensor& x, const at::Tensor& mu, int64_t
   return samples == 1 || (x.dim() >= 2 && x.size(0) % samples == 0);
 }
 
+// Whether a call of the module, of a type that is known, is its forward and nothing else.
+bool is_plain(PyObject* dict) {
+  const Names& name = names();
+  for (PyObject* hooks : {name._forward_hooks, name._forward_pre_hooks, name._backward_hooks, name._backward_pre_hooks}) {
+    PyObject* found = PyDict_GetItemWithError(dict, hooks);
+    if (!found || !PyDict_Check(found) || PyDict_Size(found) != 0) return false;
+  }
+  PyObject* compiled = item(dict, name._compiled_call_impl);
+  return !item(dict, name.forward) && (!compiled || compiled == Py_None);
+}
+
 }  // namespace
 
-Ordinary::Ordinary(const Operator& op, py::object stack, py::object plain, py::tuple uncovered, py::object record_type,
-                   py::object layer_type, py::dict scales, py::dict kls)
-    : op_(op), stack_(stack), plain_(plain), uncovered_(uncovered), record_type_(record_type), layer_type_(layer_type),
-      scales_(scales), kls_(kls) {}
+// What a call takes from a linear layer.
+struct Ordinary::Layer {
+  py::object dict, mode, state, key;
+  PyObject* tensors[4];
+  size_t count;  // of the tensors that there are
+  PyObject *numbers, *scale, *kl;
+  int64_t samples, scale_code, kl_code;
+
+  const at::Tensor& tensor(size_t i) const { return THPVariable_Unpack(tensors[i]); }
+};
+
+Ordinary::Ordinary(const Operator& linear, const Operator& chain, py::object stack, py::object plain, py::tuple uncovered,
+                   py::object record_type, py::object layer_type, py::dict scales, py::dict kls, py::dict steps,
+                   std::pair<int64_t, int64_t> most)
+    : linear_(linear), chain_(chain), stack_(stack), plain_(plain), uncovered_(uncovered), record_type_(record_type),
+      layer_type_(layer_type), scales_(scales), kls_(kls), steps_(steps), most_(most) {}
 
 // As modes.entered has it.
 py::object Ordinary::mode_of(py::handle layer) const {
@@ -106,186 +56,193 @@ py::object Ordinary::mode_of(py::handle layer) const {
   return uncovered_;
 }
 
-py::object Ordinary::call(py::handle layer, py::handle given) const {
+// Whether all of it is as usual.
+bool Ordinary::look_at(py::handle layer, Layer& found) const {
   const Names& name = names();
-  if (!THPVariable_CheckExact(given.ptr()) || !ordinary() || value_of(plain_).ptr() != Py_False) return py::none();
-  auto dict = py::reinterpret_steal<py::object>(PyObject_GenericGetDict(layer.ptr(), nullptr));
-  auto own = [&](PyObject* what) { return item(dict.ptr(), what); };
-  PyObject *parameters = own(name._parameters), *pruned = own(name._pruned), *numbers = own(name._numbers);
-  PyObject* tensors[] = {item(parameters, name.weight_mu), item(parameters, name.weight_rho), item(parameters, name.bias_mu),
-                         item(parameters, name.bias_rho)};
-  bool reparametrized = !tensors[0] || !tensors[1] || !tensors[2] || !tensors[3];
-  if (reparametrized || own(name.prior_tensors) != Py_False || !pruned || PyDict_GET_SIZE(pruned) != 0 ||
-      item(own(name._modules), name.parametrizations) || !numbers || !PyTuple_Check(numbers))
-    return py::none();
+  found.dict = dict_of(layer);
+  auto own = [&](PyObject* what) { return item(found.dict.ptr(), what); };
+  PyObject *parameters = own(name._parameters), *pruned = own(name._pruned);
+  size_t i = 0;
+  for (PyObject* which : {name.weight_mu, name.weight_rho, name.bias_mu, name.bias_rho}) {
+    found.tensors[i] = item(parameters, which);
+    if (!found.tensors[i++]) return false;  // reparametrized
+  }
+  found.numbers = own(name._numbers);
+  if (own(name.prior_tensors) != Py_False || !pruned || PyDict_GET_SIZE(pruned) != 0 ||
+      item(own(name._modules), name.parametrizations) || !found.numbers || !PyTuple_Check(found.numbers))
+    return false;
   PyObject* estimator = own(name.estimator);
-  if (!estimator || PyUnicode_CompareWithASCIIString(estimator, "weight") != 0) return py::none();
-  size_t count = tensors[2] == Py_None ? 2 : 4;
-  c10::List<at::Tensor> posterior;
-  for (size_t i = 0; i < count; ++i) {
-    if (!is_tensor(tensors[i])) return py::none();
-    posterior.push_back(THPVariable_Unpack(tensors[i]));
-  }
+  if (!estimator || PyUnicode_CompareWithASCIIString(estimator, "weight") != 0) return false;
+  found.count = found.tensors[2] == Py_None ? 2 : 4;
+  for (i = 0; i < found.count; ++i)
+    if (!is_tensor(found.tensors[i])) return false;
+  found.mode = mode_of(layer);
+  found.samples = PyLong_AsLongLong(field(found.mode, kSamples));
+  found.scale = own(name.scale);
+  found.kl = own(name.kl);
+  PyObject *scale_code = item(scales_.ptr(), found.scale), *kl_code = item(kls_.ptr(), found.kl);
+  if (field(found.mode, kMean) != Py_False || !scale_code || !kl_code) return false;
+  found.scale_code = PyLong_AsLongLong(scale_code);
+  found.kl_code = PyLong_AsLongLong(kl_code);
+  return is_tensor(pinned_key(found)) || found.tensor(0).is_cpu();
+}
 
-  py::object mode = mode_of(layer);
-  const at::Tensor &x = THPVariable_Unpack(given.ptr()), mu = posterior.get(0);
-  int64_t samples = PyLong_AsLongLong(field(mode, kSamples));
-  if (field(mode, kMean) != Py_False || !fits(op_, x, mu, samples)) return py::none();
-  PyObject *key = field(mode, kKey), *scale = own(name.scale), *kl = own(name.kl);
-  PyObject *scale_code = item(scales_.ptr(), scale), *kl_code = item(kls_.ptr(), kl);
-  if (!scale_code || !kl_code) return py::none();
-  if (key == Py_None && field(mode, kExplicit) == Py_False) key = item(own(name._buffers), name.frozen_key);
-  py::object drawn_with;
-  if (is_tensor(key)) {
-    drawn_with = py::reinterpret_borrow<py::object>(key);
-  } else {
-    if (!mu.is_cpu()) return py::none();
-    drawn_with = py::cast(fresh_keys(1)[0]);
-  }
+PyObject* Ordinary::pinned_key(const Layer& layer) {
+  PyObject* key = field(layer.mode, kKey);
+  if (key == Py_None && field(layer.mode, kExplicit) == Py_False) key = item(item(layer.dict.ptr(), names()._buffers), names().frozen_key);
+  return key;
+}
 
-  c10::List<double> loc_and_scale;
-  for (size_t i = 0; i < count; ++i) loc_and_scale.push_back(PyFloat_AsDouble(PyTuple_GET_ITEM(numbers, i)));
-  c10::List<int64_t> options;
-  for (long long option : {PyLong_AsLongLong(scale_code), 0LL, PyLong_AsLongLong(kl_code), static_cast<long long>(samples), 0LL, 0LL, 0LL})
-    options.push_back(option);
+// Before the operator runs: the mode is the latest, the key is chosen.
+void Ordinary::begin(Layer& layer) const {
+  const Names& name = names();
+  PyObject* key = pinned_key(layer);
+  layer.key = is_tensor(key) ? py::reinterpret_borrow<py::object>(key) : py::cast(fresh_keys(1)[0]);
+  layer.state = get(item(layer.dict.ptr(), name._local), name.state);
+  if (field(layer.mode, kRepeatable) == Py_False) return;
+  set(layer.state, name.latest, layer.mode);
+  set(item(layer.dict.ptr(), name._shared), name.latest, layer.mode);
+}
+
+// What is recorded of it, held while the operator runs: other threads may change the layer meanwhile.
+std::pair<py::object, py::object> Ordinary::held(const Layer& layer) const {
+  auto tensors = py::reinterpret_steal<py::object>(
+      PyTuple_Pack(4, layer.tensors[0], layer.tensors[1], layer.tensors[2], layer.tensors[3]));
+  return {tensors, py::reinterpret_steal<py::object>(PyTuple_Pack(3, layer.numbers, layer.scale, layer.kl))};
+}
+
+void Ordinary::remember(const Layer& layer, const std::pair<py::object, py::object>& held, const py::tuple& kl) const {
+  set(layer.state, names().key, layer.key);
+  set(layer.state, names().record,
+      record_type_(held.first, held.second, layer.key, py::handle(field(layer.mode, kSamples)), kl, false));
+}
+
+void Ordinary::append(const Layer& layer, c10::List<at::Tensor>& posterior, c10::List<double>& numbers) {
+  for (size_t i = 0; i < layer.count; ++i) {
+    posterior.push_back(layer.tensor(i));
+    numbers.push_back(PyFloat_AsDouble(PyTuple_GET_ITEM(layer.numbers, i)));
+  }
   if (PyErr_Occurred()) throw py::error_already_set();
+}
 
-  py::object state = get(own(name._local), name.state);
-  if (field(mode, kRepeatable) != Py_False) {
-    set(state, name.latest, mode);
-    set(own(name._shared), name.latest, mode);
-  }
-  auto call = c10::make_intrusive<Call>(op_, std::vector<c10::IValue>{std::move(posterior), THPVariable_Unpack(drawn_with.ptr()),
-                                                                       c10::List<at::Tensor>(), std::move(loc_and_scale), std::move(options)});
-  // Held: while the operator runs other threads may change the layer.
-  auto all = py::reinterpret_steal<py::object>(PyTuple_Pack(4, tensors[0], tensors[1], tensors[2], tensors[3]));
-  auto compared = py::reinterpret_steal<py::object>(PyTuple_Pack(3, numbers, scale, kl));
+py::object Ordinary::call(py::handle module, py::handle given) const {
+  Layer layer;
+  if (!THPVariable_CheckExact(given.ptr()) || !ordinary() || value_of(plain_).ptr() != Py_False || !look_at(module, layer))
+    return py::none();
+  const at::Tensor& x = THPVariable_Unpack(given.ptr());
+  if (!fits(linear_, x, layer.tensor(0), layer.samples)) return py::none();
+  begin(layer);
+  c10::List<at::Tensor> posterior;
+  c10::List<double> numbers;
+  append(layer, posterior, numbers);
+  c10::List<int64_t> options({layer.scale_code, 0, layer.kl_code, layer.samples, 0, 0, 0});
+  auto call = c10::make_intrusive<Call>(
+      linear_, std::vector<c10::IValue>{std::move(posterior), THPVariable_Unpack(layer.key.ptr()), c10::List<at::Tensor>(),
+                                        std::move(numbers), std::move(options)});
+  auto kept = held(layer);
   at::Tensor y;
   {
     py::gil_scoped_release release;
     y = draw(call, x);
   }
-  set(state, name.key, drawn_with);
-  set(state, name.record,
-      record_type_(all, compared, drawn_with, py::handle(field(mode, kSamples)), py::make_tuple(std::move(call)), false));
+  remember(layer, kept, py::make_tuple(std::move(call)));
   return py::cast(std::move(y));
 }
 
-namespace {
-
-// In the order of named_layers.
-void collect(PyObject* module, PyTypeObject* layer_type, std::unordered_set<PyObject*>& seen, std::vector<py::object>& found) {
-  seen.insert(module);
-  if (PyObject_TypeCheck(module, layer_type)) found.push_back(py::reinterpret_borrow<py::object>(module));
-  auto dict = py::reinterpret_steal<py::object>(PyObject_GenericGetDict(module, nullptr));
-  PyObject *modules = item(dict.ptr(), names()._modules), *key, *child;
+py::object Ordinary::chain(py::handle sequential, py::handle given, int64_t draws) const {
+  const Names& name = names();
+  if (!THPVariable_CheckExact(given.ptr()) || !eager() || value_of(plain_).ptr() != Py_False) return py::none();
+  const at::Tensor& x = THPVariable_Unpack(given.ptr());
+  if (x.dim() < 2 || x.layout() != at::kStrided || x.is_nested() || !x.is_cpu()) return py::none();
+  std::vector<Layer> layers;
+  std::vector<std::array<PyObject*, 2>> fixed;  // weight and bias of those that are not drawn
+  std::vector<int64_t> kinds;                   // of each layer, and its activation
+  std::vector<double> by_activation;
+  std::vector<PyObject*> seen;
+  int64_t width = x.size(-1);
+  auto add = [&](PyObject* const* tensors, size_t count) {  // whether they continue the chain
+    for (size_t i = 0; i < count; ++i) {
+      if (!is_tensor(tensors[i]) || std::find(seen.begin(), seen.end(), tensors[i]) != seen.end()) return false;
+      seen.push_back(tensors[i]);
+      const at::Tensor& t = THPVariable_Unpack(tensors[i]);
+      if (t.scalar_type() != x.scalar_type() || !t.is_cpu()) return false;
+    }
+    const at::Tensor& weight = THPVariable_Unpack(tensors[0]);
+    if (weight.dim() != 2 || weight.size(1) != width || std::max(width, weight.size(0)) > most_.first) return false;
+    width = weight.size(0);
+    by_activation.insert(by_activation.end(), {0.0, 0.0});
+    return by_activation.size() <= 2 * static_cast<size_t>(most_.second);
+  };
+  py::object own = dict_of(sequential);
+  PyObject *modules = item(own.ptr(), name._modules), *key, *child;
   Py_ssize_t at = 0;
-  while (modules && PyDict_Next(modules, &at, &key, &child))
-    if (child != Py_None && !seen.contains(child)) collect(child, layer_type, seen, found);
-}
-
-using Pairs = std::set<std::pair<PyObject*, PyObject*>>;
-
-// (mu, rho) of each posterior that there is; none where they are reparametrized.
-std::optional<std::vector<std::pair<PyObject*, PyObject*>>> pairs_of(PyObject* layer) {
-  const Names& name = names();
-  PyObject *parameters = item(layer, name._parameters), *of = item(layer, name.names);
-  if (!parameters || !of || item(item(layer, name._modules), name.parametrizations)) return std::nullopt;
-  std::vector<std::pair<PyObject*, PyObject*>> found;
-  for (Py_ssize_t i = 0; i + 1 < PyTuple_GET_SIZE(of); i += 2) {
-    PyObject *mu = item(parameters, PyTuple_GET_ITEM(of, i)), *rho = item(parameters, PyTuple_GET_ITEM(of, i + 1));
-    if (!mu || !rho) return std::nullopt;
-    if (mu != Py_None) found.push_back({mu, rho});
+  while (modules && PyDict_Next(modules, &at, &key, &child)) {
+    PyObject* step = PyDict_GetItemWithError(steps_.ptr(), reinterpret_cast<PyObject*>(Py_TYPE(child)));
+    py::object dict = step ? dict_of(child) : py::object();
+    if (!step || !is_plain(dict.ptr())) return py::none();
+    if (step == Py_True) {
+      Layer& layer = layers.emplace_back();
+      if (!look_at(child, layer) || !add(layer.tensors, layer.count)) return py::none();
+      const Layer& first = layers[0];
+      if (std::tie(layer.samples, layer.scale_code, layer.kl_code) != std::tie(first.samples, first.scale_code, first.kl_code))
+        return py::none();
+      kinds.insert(kinds.end(), {layer.count == 4 ? 3 : 1, 0});
+    } else if (step == Py_False) {
+      PyObject* parameters = item(dict.ptr(), name._parameters);
+      fixed.push_back({item(parameters, name.weight), item(parameters, name.bias)});
+      bool has_bias = fixed.back()[1] != Py_None;
+      if (!add(fixed.back().data(), has_bias ? 2 : 1)) return py::none();
+      kinds.insert(kinds.end(), {has_bias ? 2 : 0, 0});
+    } else {  // an activation: a function that gives its code and numbers
+      if (kinds.empty() || kinds.back() != 0) return py::none();
+      auto found = py::reinterpret_steal<py::object>(PyObject_CallOneArg(step, child));
+      if (!found) throw py::error_already_set();
+      if ((kinds.back() = PyLong_AsLongLong(PyTuple_GET_ITEM(found.ptr(), 0))) == 0) return py::none();
+      for (int i = 0; i < 2; ++i) by_activation[by_activation.size() - 2 + i] = PyFloat_AsDouble(PyTuple_GET_ITEM(found.ptr(), 1 + i));
+      if (PyErr_Occurred()) throw py::error_already_set();
+    }
   }
-  return found;
-}
+  if (layers.empty() || kinds.size() < 4) return py::none();
+  int64_t samples = layers[0].samples;
+  if (draws == 1 ? x.size(0) % samples != 0 : draws != samples) return py::none();
+  if (x.scalar_type() != at::kFloat && x.scalar_type() != at::kDouble) return py::none();
 
-// Whether the layer's record holds, none of its pairs being among those before; its calls are added to the others.
-bool holds(PyObject* layer, py::handle record, py::handle generation, Pairs& pairs,
-           std::vector<c10::intrusive_ptr<Call>>& calls) {
-  const Names& name = names();
-  auto dict = py::reinterpret_steal<py::object>(PyObject_GenericGetDict(layer, nullptr));
-  auto own = [&](PyObject* what) { return item(dict.ptr(), what); };
-  auto now = pairs_of(dict.ptr());
-  if (!now || own(name.prior_tensors) != Py_False) return false;
-  py::object kl = get(record.ptr(), name.kl), tensors = get(record.ptr(), name.tensors), options = get(record.ptr(), name.options);
-  if (kl.is_none() || get(record.ptr(), name.calls).ptr() != kl.ptr() || get(record.ptr(), name.generation).ptr() != generation.ptr())
-    return false;
-  std::vector<std::pair<PyObject*, PyObject*>> then;
-  for (Py_ssize_t i = 0; i + 1 < PyTuple_GET_SIZE(tensors.ptr()); i += 2)
-    if (PyObject* mu = PyTuple_GET_ITEM(tensors.ptr(), i); mu != Py_None) then.push_back({mu, PyTuple_GET_ITEM(tensors.ptr(), i + 1)});
-  if (then != *now) return false;
-  if (PyTuple_GET_SIZE(options.ptr()) != 3) return false;
-  PyObject* compared[] = {own(name._numbers), own(name.scale), own(name.kl)};
-  for (int i = 0; i < 3; ++i)
-    if (PyTuple_GET_ITEM(options.ptr(), i) != compared[i]) return false;
-  for (const auto& pair : then)
-    if (!pairs.insert(pair).second) return false;
-  for (py::handle each : py::reinterpret_borrow<py::tuple>(kl)) {
-    if (!py::isinstance<Call>(each)) return false;
-    calls.push_back(py::cast<c10::intrusive_ptr<Call>>(each));
-    if (!calls.back()->unchanged()) return false;
+  c10::List<at::Tensor> parameters, keys;
+  c10::List<double> numbers;
+  bool with_kl = at::GradMode::is_enabled();
+  c10::List<int64_t> options({layers[0].scale_code, 0, with_kl ? layers[0].kl_code : 0, samples, draws > 1});
+  std::vector<std::pair<py::object, py::object>> kept;
+  auto drawn = layers.begin();
+  auto constant = fixed.begin();
+  for (size_t i = 0; i < kinds.size(); i += 2) {
+    if (kinds[i] & 1) {
+      begin(*drawn);
+      keys.push_back(THPVariable_Unpack(drawn->key.ptr()));
+      append(*drawn, parameters, numbers);
+      kept.push_back(held(*drawn++));
+    } else {
+      parameters.push_back(THPVariable_Unpack((*constant)[0]));
+      if (kinds[i] & 2) parameters.push_back(THPVariable_Unpack((*constant)[1]));
+      ++constant;
+    }
   }
-  return true;
-}
-
-}  // namespace
-
-std::vector<py::object> Ordinary::layers_of(py::handle model) const {
-  std::unordered_set<PyObject*> seen;
-  std::vector<py::object> layers;
-  collect(model.ptr(), reinterpret_cast<PyTypeObject*>(layer_type_.ptr()), seen, layers);
-  return layers;
-}
-
-py::object Ordinary::handed_over(py::handle model, py::handle generation, bool of_pass) const {
-  if (!ordinary()) return py::none();
-  const Names& name = names();
-  Pairs pairs;
-  std::vector<c10::intrusive_ptr<Call>> calls;
-  std::vector<py::object> records;
-  for (const py::object& layer : layers_of(model)) {
-    py::object record = get(get(get(layer.ptr(), name._local).ptr(), name.state).ptr(), name.record);
-    if (record.is_none() || !holds(layer.ptr(), record, generation, pairs, calls)) return py::none();
-    if (of_pass && field(mode_of(layer), kKey) != get(record.ptr(), name.key).ptr()) return py::none();
-    records.push_back(std::move(record));
-  }
-  if (calls.empty()) return py::none();
-  for (const py::object& record : records) set(record, name.kl, py::none());
-  at::Tensor total;
+  for (int64_t kind : kinds) options.push_back(kind);
+  for (double number : by_activation) numbers.push_back(number);
+  auto call = c10::make_intrusive<Call>(chain_, std::vector<c10::IValue>{std::move(parameters), std::move(keys),
+                                                                          c10::List<at::Tensor>(), std::move(numbers), std::move(options)});
+  call->layers = static_cast<int64_t>(layers.size());
+  at::Tensor y;
   {
     py::gil_scoped_release release;
-    total = read(calls);
+    y = with_kl ? draw(call, x) : call->run(x);
   }
-  return py::cast(std::move(total));
-}
-
-py::object Ordinary::pinned(py::handle model, py::handle mode_of_key) const {
-  if (!ordinary()) return py::none();
-  const Names& name = names();
-  std::map<std::pair<PyObject*, PyObject*>, size_t> owners;
-  std::vector<py::object> layers = layers_of(model);
-  std::vector<size_t> own;  // which of the keys
-  for (const py::object& layer : layers) {
-    auto dict = py::reinterpret_steal<py::object>(PyObject_GenericGetDict(layer.ptr(), nullptr));
-    auto tensors = pairs_of(dict.ptr());
-    if (!tensors) return py::none();
-    for (const auto& [mu, rho] : *tensors)
-      if (!is_tensor(mu) || !THPVariable_Unpack(mu).is_cpu()) return py::none();
-    auto first = tensors->empty() ? std::make_pair(layer.ptr(), layer.ptr()) : (*tensors)[0];
-    own.push_back(owners.try_emplace(first, owners.size()).first->second);
+  if (!with_kl) {
+    for (const Layer& layer : layers) set(layer.state, name.key, layer.key);
+    return py::cast(std::move(y));
   }
-  py::list modes;
-  for (at::Tensor& key : fresh_keys(owners.size())) modes.append(mode_of_key(std::move(key)));
-  py::list found;
-  py::dict by_layer;
-  for (size_t i = 0; i < layers.size(); ++i) {
-    py::object mode = modes[own[i]];
-    set(get(get(layers[i].ptr(), name._local).ptr(), name.state), name.mode, mode);
-    found.append(layers[i]);
-    by_layer[layers[i]] = mode;
-  }
-  return py::make_tuple(std::move(found), std::move(by_layer));
+  py::tuple kl = py::make_tuple(std::move(call));
+  for (size_t i = 0; i < layers.size(); ++i) remember(layers[i], kept[i], kl);
+  return py::cast(std::move(y));
 }
 
 }  // namespace bnn_fast

@@ -13,13 +13,15 @@
 
 namespace bnn_fast {
 
-bool ordinary() {
+bool eager() {
   auto included = [](c10::DispatchKey key) { return c10::impl::tls_is_dispatch_key_included(key); };
-  return at::GradMode::is_enabled() && !included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) &&
+  return !included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) &&
          !torch::jit::tracer::isTracing() && !at::autocast::is_autocast_enabled(at::kCPU) &&
          !at::autocast::is_autocast_enabled(at::kCUDA) && torch::autograd::get_current_graph_task_id() == -1 &&
          !at::SavedTensorDefaultHooks::get_hooks(true) && !c10::impl::TorchDispatchModeTLS::any_modes_set();
 }
+
+bool ordinary() { return at::GradMode::is_enabled() && eager(); }
 
 std::vector<at::Tensor> fresh_keys(int64_t count) {
   auto* generator = at::check_generator<at::CPUGeneratorImpl>(at::detail::getDefaultCPUGenerator());

@@ -2,6 +2,7 @@
 // float32 and the half types run on the lane type F, float64 on single doubles.
 #pragma once
 
+#include "chain_backward.h"
 #include "estimators.h"
 #include "factorised_linear.h"
 #include "linear.h"
@@ -33,6 +34,8 @@ template <class F> constexpr CpuKernels make_kernels(const char* name) {
           by_type<EstimatedForward, estimated_forward<F>, estimated_forward<double>>,
           by_type<EstimatedBackward, estimated_backward<F>, estimated_backward<double>>,
           by_type<LocalOutputs, local_outputs<F>, local_outputs<double>>,
+          by_type<ChainForward, chain_forward<F>, chain_forward<double>>,
+          by_type<ChainBackward, chain_backward<F>, chain_backward<double>>,
           Lane<F>::width > 1 ? narrow_forward<F> : nullptr,
           Lane<F>::width > 1 ? narrow_backward<F> : nullptr};
 }

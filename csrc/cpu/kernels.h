@@ -18,6 +18,8 @@ struct CpuKernels {
   void (*estimated_forward)(const EstimatedForward&, int64_t begin, int64_t end);    // as linear_forward
   void (*estimated_backward)(const EstimatedBackward&, int64_t begin, int64_t end);  // as linear_backward
   void (*local_outputs)(const LocalOutputs&, int64_t begin, int64_t end);            // tasks: Tasks(posterior)
+  void (*chain_forward)(const ChainForward&, int64_t begin, int64_t end);    // tasks: ChainTasks(kMostRows)
+  void (*chain_backward)(const ChainBackward&, int64_t begin, int64_t end);  // tasks: ChainTasks(kMostRows)
   // Null where there are no vectors.
   void (*narrow_forward)(const NarrowForward&, int64_t begin, int64_t end);    // tasks: NarrowTasks
   void (*narrow_backward)(const NarrowBackward&, int64_t begin, int64_t end);  // tasks: NarrowTasks
