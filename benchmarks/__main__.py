@@ -1,4 +1,5 @@
-"""python -m benchmarks step | predict | train | memory | scaling | calls | threads | models | all   [options, see --help]
+"""python -m benchmarks step | predict | train | memory | scaling | calls | threads | models | networks | all
+                     [options, see --help]
 python -m benchmarks plot [FILE ...]
 python -m benchmarks compare OLD.json NEW.json
 python -m benchmarks gpu [--steps STEPS] [--out FOLDER] [--commit NAME]
@@ -26,6 +27,7 @@ SECTIONS = {
     "calls": "what a call costs beside its arithmetic: small layers, the ELBO",
     "threads": "a step's time on 1, 2, ... CPU threads",
     "models": "ResNet-20 and LSTM: a training step; 100 draws of a variational head",
+    "networks": "whole networks: a training step, several draws a step, predictions from many draws",
     "all": "all of these, and one table",
 }
 

@@ -45,15 +45,15 @@ def watch(makers: dict[str, Callable[[], Case]], run: Run) -> tuple[dict[str, di
     return found, cases
 
 
-def compare(makers: dict[str, Callable[[], Case]], run: Run) -> dict[str, dict]:
-    """For each case that works {median, low, high: seconds a call, ratio: to that of BASE if there, extra}.
+def compare(makers: dict[str, Callable[[], Case]], run: Run, base: str = BASE) -> dict[str, dict]:
+    """For each case that works {median, low, high: seconds a call, ratio: to that of `base` if there, extra}.
 
     The times are taken in turn.
     """
     found, cases = watch(makers, run)
     times = (timer.interleaved(cases) if run.cuda else
              timing.interleaved(cases, seconds=run.seconds, rounds=run.rounds))
-    ratios = harness.ratios(times, BASE)
+    ratios = harness.ratios(times, base)
     return {name: {**ratios.get(name, {}), **t} for name, t in found.items()}
 
 

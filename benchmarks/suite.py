@@ -9,12 +9,12 @@ import time
 import bnn_fast as bf
 from bnn_fast.demos.common import table
 
-from . import calls, harness, memory, models, predict, scaling, step, threads, train
+from . import calls, harness, memory, models, networks, predict, scaling, step, threads, train
 from .measure import Run
 from .providers import BASE
 
 SECTIONS = {"step": step, "predict": predict, "train": train, "memory": memory, "scaling": scaling,
-            "calls": calls, "threads": threads, "models": models}
+            "calls": calls, "threads": threads, "models": models, "networks": networks}
 # in, out, batch on two cores: how much more than nn.Linear's time a step of bnn_fast may take
 TARGETS = {"1 x 20, batch 1000": 1.5, "512 x 512, batch 128": 1.5, "1200 x 1200, batch 128": 1.5,
            "2048 x 2048, batch 32": 1.8, "4096 x 4096, batch 16": 1.7, "2048 x 2048, batch 1024": 1.15,
@@ -62,7 +62,8 @@ def show(record: dict) -> str:
     for section, setting, cases in whole(sections, "step"):
         cells = [speed(cases.get(n), n) for n in names]
         rows.append((f"{section}: {setting}", target(setting, where), *cells))
-    for section, setting, cases in (*whole(sections, "predict"), *whole(sections, "models")):
+    others = (*whole(sections, "predict"), *whole(sections, "models"), *whole(sections, "networks"))
+    for section, setting, cases in others:
         rows.append((f"{section}: {setting}", "", *(speed(cases.get(n), n) for n in names)))
     for section, setting, cases in whole(sections, "train"):
         rows.append((f"{section}: {setting}", "", *(trained(cases.get(n)) for n in names)))
@@ -95,7 +96,7 @@ def target(setting: str, where: dict) -> str:
 def speed(t: dict | None, name: str) -> str:
     if t is None or "median" not in t:
         return "" if t is None else "failed"
-    return f"{1e3 * t['median']:.3g} ms" if name == BASE else harness.ratio(t)
+    return f"{1e3 * t['median']:.3g} ms" if name in (BASE, networks.ONE) else harness.ratio(t)
 
 
 def trained(t: dict | None) -> str:

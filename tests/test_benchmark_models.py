@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import bnn_fast as bf
-from benchmarks import models, providers
+from benchmarks import models, networks, providers
 from benchmarks.measure import Run
 from benchmarks.resnet import ResNet20
 
@@ -36,3 +36,52 @@ def test_the_section():
     for cases in found.values():
         assert set(cases) == {"nn.Linear", "bnn_fast"} and all(t["median"] > 0 for t in cases.values())
         assert cases["bnn_fast"]["ratio"] > 0
+
+
+REGRESSION, CLASSIFIER = (3, 4, 1), (3, 5, 4, 2)
+
+
+def small(names: list[str]) -> Run:
+    return Run(providers.available(names)[0], seconds=0.01, rounds=1)
+
+
+def test_networks():
+    run = small(["bnn_fast", "plain PyTorch"])
+    found = networks.measure(run, [(REGRESSION, 2), (CLASSIFIER, 6)], [(CLASSIFIER, 6)], (3,), [(REGRESSION, 2, 5), (CLASSIFIER, 1, 4)])
+    several = "3-5-4-2, batch 6: draws a step, over one draw's"
+    assert list(found) == ["3-4-1, batch 2", "3-5-4-2, batch 6", several, "3-4-1, batch 2: predict, 5 draws", "3-5-4-2, batch 1: predict, 4 draws"]
+    for setting, cases in found.items():
+        expected = {"1 draw", "3 draws"} if setting == several else {"nn.Linear", "bnn_fast", "plain PyTorch"}
+        assert set(cases) >= expected and cases.keys() - expected <= {"bnn_fast Sequential"}
+        assert not any("error" in t for t in cases.values())
+        base = "1 draw" if setting == several else "nn.Linear"
+        assert all(t["ratio"] == t["median"] / cases[base]["median"] for t in cases.values())
+    found = networks.measure(small([]), [(REGRESSION, 2)], [(REGRESSION, 2)], (3,), [])
+    assert list(found) == ["3-4-1, batch 2"]  # several draws are ours alone
+
+
+@pytest.mark.parametrize("sizes", [REGRESSION, CLASSIFIER])
+def test_a_step_of_a_network_trains_it(sizes, monkeypatch):
+    torch.manual_seed(0)
+    run = small(["bnn_fast"])
+    monkeypatch.setattr(bf, "Sequential", type("Sequential", (nn.Sequential,), {}), raising=False)
+    for name, provider in networks.with_chains(run).providers.items():
+        model = provider.model(sizes)
+        before = [p.detach().clone() for p in model.parameters()]
+        fixed = provider._replace(wrap=lambda _, model=model: model)
+        networks.step(fixed, sizes, 6, "cpu")()
+        assert not any(torch.equal(p, b) for p, b in zip(model.parameters(), before))
+        assert type(model) is (bf.Sequential if name == "bnn_fast Sequential" else nn.Sequential)
+        drawn = networks.prediction(fixed, sizes, 6, 5, "cpu")()
+        if name == "nn.Linear":
+            assert (drawn[0] if sizes[-1] == 1 else drawn).shape == (6, sizes[-1])
+        else:
+            assert drawn.n_samples == 5 and drawn.mean.shape == (6, sizes[-1])
+
+
+def test_several_draws_a_step_go_through_the_network_together():
+    model, rows = nn.Sequential(bf.VariationalLinear(3, 2)), []
+    model[0].register_forward_hook(lambda module, inputs, y: rows.append(len(y)))
+    provider = small(["bnn_fast"]).providers["bnn_fast"]._replace(wrap=lambda _: model)
+    networks.step(provider, (3, 2), 6, "cpu", 5)()
+    assert rows == [30]
