@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from .. import checks
 from .sampling import Draws
-from .shared import shared
+from .shared import Rest, shared
 from .structure import call, count_rows, flatten, given, repeat, stack, unstacked
 
 __all__ = ["mc_forward"]
@@ -81,8 +81,11 @@ def drawn(model: nn.Module, x, n_samples: int, draws: Draws, vectorized: bool | 
 
 def repeated(model: Callable, x, n_samples: int, output: Callable | None = None):
     """model on x, its rows repeated n_samples times along dimension 0, as [n_samples, B, ...]."""
-    y = chosen(call(model, x if n_samples == 1 else repeat(x, n_samples)), output)
-    return unstacked(y, n_samples, count_rows(x), x)
+    if n_samples == 1:
+        y = call(model, x)
+    else:
+        y = model.repeated(x, n_samples) if isinstance(model, Rest) else call(model, repeat(x, n_samples))
+    return unstacked(chosen(y, output), n_samples, count_rows(x), x)
 
 
 def single(model: Callable, x, output: Callable | None = None):

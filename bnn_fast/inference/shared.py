@@ -11,7 +11,9 @@ from torch.nn.modules import module as torch_module
 
 from .. import checks
 from ..layers.base import VariationalLayer, named_layers
-from .structure import call, flatten, with_rows
+from ..layers.variational_linear import VariationalLinear
+from ..operators.functional import autocast
+from .structure import call, flatten, repeat, with_rows
 
 _RANDOM = (nn.modules.dropout._DropoutNd, nn.RReLU, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d)
 
@@ -33,19 +35,39 @@ class Rest:
         if self._kept:
             inputs = with_rows(lambda t: t.clone() if id(t) in self._kept else t, inputs)
         positional = len(inputs) - len(self.names)
-        y = self.modules[0](*inputs[:positional], **dict(zip(self.names, inputs[positional:])))
+        return self._after(self.modules[0](*inputs[:positional], **dict(zip(self.names, inputs[positional:]))))
+
+    def repeated(self, x, n_samples: int):
+        """On x repeated for so many draws. A linear layer that comes first reads the x that they share where it is."""
+        inputs, layer = x if type(x) is tuple else (x,), self.modules[0]
+        if len(inputs) != 1 or self.names or not _takes_shared(layer, inputs[0]):
+            return call(self, repeat(x, n_samples))
+        x = autocast(inputs[0])
+        return self._after(layer(x.expand(n_samples, *x.shape)).flatten(0, 1))
+
+    def _after(self, y):
         for module in self.modules[1:]:
             y = module(y)
         return y
+
+
+def _takes_shared(module: nn.Module, x) -> bool:
+    """Whether the module gives the same on x [S, B, ...] as on its rows [S * B, ...], and copies none that the samples share. Other
+    estimators count their noise by the number of the row; hooks see what they are used to.
+    """
+    return (isinstance(module, VariationalLinear) and _calls(module, VariationalLinear) and module.estimator == "weight"
+            and isinstance(x, Tensor) and x.dim() >= 2 and x.shape[-1] == module.in_features)
 
 
 def shared(model: nn.Module, x) -> tuple[Callable, object]:
     """(what is to be called for the draws, with what): the children of an nn.Sequential before its first variational one have run;
     any other model, and what is random and comes after it, is left as it is.
     """
-    if not isinstance(model, nn.Sequential) or not isinstance(x, Tensor) or torch.compiler.is_compiling():
+    if not isinstance(x, Tensor) or torch.compiler.is_compiling():
         return model, x
-    before, after = _parts(model)
+    before, after = _parts(model) if isinstance(model, nn.Sequential) else ([], [model])
+    if not before and after and _takes_shared(after[0], x):
+        return Rest(after, x), x
     known = next((i for i, module in enumerate(before) if _may_be_random(module)), len(before))
     before, after = before[:known], before[known:] + after
     training = any(m.training for module in before for m in module.modules())
@@ -73,15 +95,15 @@ def _parts(model: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
     else:
         return children, []
     before, after = children[:i], children[i:]
-    if child is not None and _runs_its_children(child):
+    if child is not None and _calls(child, nn.Sequential):
         inner_before, inner_after = _parts(child)
         before, after = before + inner_before, inner_after + after[1:]
-    return (before, after) if _runs_its_children(model) else ([], [model])
+    return (before, after) if _calls(model, nn.Sequential) else ([], [model])
 
 
-def _runs_its_children(module: nn.Module) -> bool:
-    """Whether a call of the module is nothing but calls of its children."""
-    return (type(module).forward is nn.Sequential.forward and type(module).__call__ is nn.Module.__call__
+def _calls(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a call of the module is one of kind.forward and nothing else."""
+    return (type(module).forward is kind.forward and type(module).__call__ is nn.Module.__call__
             and "forward" not in module.__dict__ and getattr(module, "_compiled_call_impl", None) is None
             and not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
             and not torch_module._has_any_global_hook())
