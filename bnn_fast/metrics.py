@@ -198,10 +198,14 @@ def crps_gaussian(mean: Tensor, std: Tensor, targets: Tensor) -> Tensor:
     "Strictly proper scoring rules, prediction, and estimation", 2007, section 4.2), in the targets' units.
     """
     mean, std = _same("mean", mean, targets), _same("std", std, targets)
-    error = targets - mean
-    z = error / std.clamp(min=torch.finfo(std.dtype).tiny)
+    return (mean_absolute(targets - mean, std) - std / math.sqrt(math.pi)).mean()
+
+
+def mean_absolute(mean: Tensor, std: Tensor) -> Tensor:
+    """E|X| of X ~ N(mean, std^2), elementwise: with z = mean / std, std (z (2 Phi(z) - 1) + 2 phi(z))."""
+    z = mean / std.clamp(min=torch.finfo(std.dtype).tiny)
     density = (-0.5 * z.square()).exp() / math.sqrt(2.0 * math.pi)
-    return (error * torch.erf(z * math.sqrt(0.5)) + std * (2.0 * density - 1.0 / math.sqrt(math.pi))).mean()
+    return mean * torch.erf(z * math.sqrt(0.5)) + 2.0 * std * density
 
 
 def crps_samples(samples: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:

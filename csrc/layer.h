@@ -13,7 +13,7 @@
 //   Tensor empty(like, shape, dtype)                            fresh memory for something as large as the weights
 //   static Regime choose(posterior, x's dtype, samples, batch)  the choice among the regimes
 //   Regime regime                                               of this call, as chosen
-//   Tensor fused_forward(a, x, batch)                           y; adds to the KL
+//   Tensor fused_forward(a, x, batch)                           y; adds to the KL; x may be shared by the samples
 //   void fused_backward(a, x, grad_y, grad_kl, batch, grads)
 //   Tensor kl()
 #pragma once
@@ -64,6 +64,12 @@ struct LinearArguments {
     return rows / samples;
   }
 
+  // Whether all samples have the same rows of x, expanded along dimension 0.
+  bool shared(const Tensor& x) const { return samples > 1 && x.size(0) == samples && x.stride(0) == 0; }
+
+  // x, dense; of one sample where they share it.
+  Tensor own_rows(Tensor x) const { return dense(shared(x) ? torch::stable::narrow(x, 0, 0, 1) : x); }
+
   static int64_t rows_of(const Tensor& x) {
     int64_t rows = 1;
     for (int64_t d = 0; d + 1 < x.dim(); ++d) rows *= x.size(d);
@@ -86,6 +92,48 @@ template <class Body> void for_row_blocks(const Posterior& p, int64_t samples, B
   for (int64_t r = 0; r < p.rows; r += rows) body(r, r + rows < p.rows ? rows : p.rows - r);
 }
 
+// x of the drawn regime: [samples, batch, in] of several samples, [batch, in] of one and of all where they share it.
+//
+// Where they do one GEMM may take the weights of all samples as [samples * outputs, in], and does where each sample has few outputs, at
+// which a bmm is slow, by a factor of up to ten. With more, putting the result into the order of y (or g into that of the weights)
+// costs what it saves: measured on two cores with AVX-512, level at about 64.
+struct DrawnInput {
+  static constexpr int64_t kFewOutputs = 64;
+  Tensor by_sample, of_all;
+  bool shared;
+
+  DrawnInput(const LinearArguments& a, const Tensor& x, int64_t batch) : shared(a.shared(x)) {
+    Tensor rows = a.own_rows(detached(x));
+    Shape of_one{batch, a.inputs()}, of_each{a.samples, batch, a.inputs()};
+    if (shared || a.samples == 1) of_all = reshaped(rows, of_one);
+    if (shared)
+      by_sample = aten("aten::expand", "", of_all, of_each, false);
+    else if (a.samples > 1)
+      by_sample = reshaped(rows, of_each);
+  }
+
+  bool one_gemm(const Tensor& weight) const { return shared && weight.size(1) < kFewOutputs; }
+
+  // x w_s^T of weights [samples, outputs, in], as [samples, batch, outputs]
+  Tensor products(const Tensor& weight) const {
+    if (!one_gemm(weight)) return aten("aten::bmm", "", by_sample, torch::stable::transpose(weight, 1, 2));
+    Tensor found = aten("aten::mm", "", of_all, torch::stable::transpose(rows_of_all(weight), 0, 1));
+    return torch::stable::transpose(reshaped(found, {of_all.size(0), weight.size(0), weight.size(1)}), 0, 1);
+  }
+
+  // grad_weight = g_s^T x of g [samples, batch, outputs]
+  void gradient(const Tensor& g, Tensor& grad_weight) const {
+    Tensor by_output = torch::stable::transpose(g, 1, 2);
+    if (one_gemm(grad_weight))
+      aten("aten::mm", "out", rows_of_all(by_output), of_all, rows_of_all(grad_weight));
+    else
+      aten("aten::bmm", "out", by_output, by_sample, grad_weight);
+  }
+
+ private:
+  static Tensor rows_of_all(const Tensor& t) { return reshaped(t, {t.size(0) * t.size(1), t.size(2)}); }
+};
+
 // y as [samples, batch, out], or [batch, out] for one sample.
 template <class Device> Tensor drawn_forward(Device& device, const LinearArguments& a, const Tensor& x, int64_t batch) {
   const Posterior& p = a.weight.view;
@@ -96,19 +144,17 @@ template <class Device> Tensor drawn_forward(Device& device, const LinearArgumen
     bias = empty_of(x, {a.samples, p.rows}, dtype);
     device.sample(a.bias->view, a.divergence, a.samples, bias->mutable_data_ptr(), type);
   }
-  Tensor inputs = dense_detached(x);
+  DrawnInput inputs(a, x, batch);
   if (a.samples == 1) {
     Tensor weight = device.empty(x, {p.rows, p.columns}, dtype);
     device.sample(p, a.divergence, 1, weight.mutable_data_ptr(), type);
-    return aten("aten::linear", "", reshaped(inputs, {batch, p.columns}), weight,
-                bias ? OptionalTensor(reshaped(*bias, {p.rows})) : OptionalTensor());
+    return aten("aten::linear", "", inputs.of_all, weight, bias ? OptionalTensor(reshaped(*bias, {p.rows})) : OptionalTensor());
   }
-  inputs = reshaped(inputs, {a.samples, batch, p.columns});
   Tensor y = empty_of(x, {a.samples, batch, p.rows}, dtype);
   for_row_blocks(p, a.samples, [&](int64_t first, int64_t count) {
     Tensor weight = device.empty(x, {a.samples, count, p.columns}, dtype);
     device.sample(p.slice(first, count), a.divergence, a.samples, weight.mutable_data_ptr(), type);
-    Tensor products = aten("aten::bmm", "", inputs, torch::stable::transpose(weight, 1, 2));
+    Tensor products = inputs.products(weight);
     if (bias) {
       Tensor all = reshaped(*bias, {a.samples, 1, p.rows});
       products = add(products, torch::stable::narrow(all, 2, first, count));
@@ -140,7 +186,8 @@ void drawn_backward(Device& device, const LinearArguments& a, const Tensor& x, c
   const Posterior& p = a.weight.view;
   Type type = type_of_tensor(x, "x");
   int64_t all = a.samples * batch;
-  Tensor inputs = reshaped(dense_detached(x), {all, p.columns}), outputs = reshaped(dense_detached(grad_y), {all, p.rows});
+  DrawnInput inputs(a, x, batch);
+  Tensor outputs = reshaped(dense_detached(grad_y), {all, p.rows});
   auto put_together = [&](const Posterior& part, const Tensor& grad_weight, int64_t offset) {
     device.sample_backward(SampleBackward{part, static_cast<int>(a.divergence), a.samples, grad_weight.const_data_ptr(), type,
                                           grad_kl, static_cast<char*>(grads.weight_mu.mutable_data_ptr()) + offset,
@@ -157,11 +204,10 @@ void drawn_backward(Device& device, const LinearArguments& a, const Tensor& x, c
       device.sample(p, kNone, 1, weight.mutable_data_ptr(), type);
       grads.x = reshaped(aten("aten::mm", "", outputs, weight), shape_of(x));
     }
-    aten("aten::mm", "out", torch::stable::transpose(outputs, 0, 1), inputs, weight);
+    aten("aten::mm", "out", torch::stable::transpose(outputs, 0, 1), inputs.of_all, weight);
     put_together(p, weight, 0);
     return sum_to_bias(0);
   }
-  inputs = reshaped(inputs, {a.samples, batch, p.columns});
   outputs = reshaped(outputs, {a.samples, batch, p.rows});
   if (need_x) grads.x = torch::stable::new_zeros(x, {a.samples, batch, p.columns});
   for_row_blocks(p, a.samples, [&](int64_t first, int64_t count) {
@@ -172,7 +218,7 @@ void drawn_backward(Device& device, const LinearArguments& a, const Tensor& x, c
       device.sample(part, kNone, a.samples, weight.mutable_data_ptr(), type);
       grads.x = add(grads.x, aten("aten::bmm", "", columns, weight));
     }
-    aten("aten::bmm", "out", torch::stable::transpose(columns, 1, 2), inputs, weight);
+    inputs.gradient(columns, weight);
     put_together(part, weight, first * p.columns * size_of(p.type));
   });
   if (need_x) grads.x = reshaped(grads.x, shape_of(x));
@@ -192,7 +238,7 @@ template <class Device> std::tuple<Tensor, Tensor> layer_forward(const LinearArg
   int64_t batch = a.check_input(x);
   Device device(a);
   device.regime = Device::choose(a.weight.view, x.scalar_type(), a.samples, batch);
-  Tensor y = device.regime == Regime::kDrawn ? drawn_forward(device, a, x, batch) : device.fused_forward(a, dense(x), batch);
+  Tensor y = device.regime == Regime::kDrawn ? drawn_forward(device, a, x, batch) : device.fused_forward(a, x, batch);
   return {reshaped(y, a.output_shape(x)), device.kl()};
 }
 
@@ -216,7 +262,7 @@ Tensors layer_backward(const LinearArguments& a, const OptionalTensors& given, c
     if (device.regime == Regime::kDrawn)
       drawn_backward(device, a, *x, *grad_y, k, need_grad_x, batch, grads);
     else
-      device.fused_backward(a, dense(*x), *grad_y, k, need_grad_x, batch, grads);
+      device.fused_backward(a, *x, *grad_y, k, need_grad_x, batch, grads);
   } else {
     device.sample_backward(SampleBackward{a.weight.view, static_cast<int>(a.divergence), a.samples, nullptr, a.weight.view.type,
                                           k, grads.weight_mu.mutable_data_ptr(), grads.weight_rho.mutable_data_ptr()});

@@ -121,7 +121,8 @@ struct LinearForward {
   Posterior weight;   // rows: outputs, columns: inputs
   int divergence;
   int64_t samples, batch;  // batch: of one sample
-  const void* x;      // packed, batch = samples * batch
+  const void* x;      // packed, batch = samples * batch, or batch if the samples share it
+  bool shared;
   const void* bias;   // [samples, rows] in the type computed in, or null
   void* y;            // [samples * batch, rows]
   Type y_type;
@@ -133,7 +134,8 @@ struct LinearBackward {
   int divergence;
   int64_t samples, batch;
   Type type;           // of x and grad_x
-  const void* x;       // [samples * batch, columns]
+  const void* x;       // [samples * batch, columns], or [batch, columns] if they share it
+  bool shared;
   const void* grad_y;  // [samples * batch, rows] in the type computed in
   void* grad_x;        // [samples * batch, columns] or null
   KlGradient grad_kl;
@@ -203,7 +205,8 @@ struct NarrowTasks {
 
 struct NarrowForward {
   int64_t inputs, outputs, samples, batch;  // batch: of one sample
-  const float* x;       // [samples * batch, inputs]
+  const float* x;       // [samples * batch, inputs], or [batch, inputs] if they share it
+  bool shared;
   const float* weight;  // [samples, outputs, inputs]
   const float* bias;    // [samples, outputs] or null
   float* y;             // [samples * batch, outputs]
@@ -211,7 +214,8 @@ struct NarrowForward {
 
 struct NarrowBackward {
   int64_t inputs, outputs, samples, batch;
-  const float* x;       // [samples * batch, inputs]
+  const float* x;       // [samples * batch, inputs], or [batch, inputs] if they share it
+  bool shared;
   const float* grad_y;  // [samples * batch, outputs]
   const float* weight;  // [samples, outputs, inputs], readable 16 elements beyond its end, or null without grad_x
   float* grad_x;        // [samples * batch, inputs] or null

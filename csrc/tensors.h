@@ -86,7 +86,8 @@ inline Tensor reshaped(const Tensor& t, const Shape& shape) {
 }
 
 // For tensors that go on into ATen: detached, so that no gradient is recorded there.
-inline Tensor dense_detached(const Tensor& t) { return dense(aten("aten::detach", "", t)); }
+inline Tensor detached(const Tensor& t) { return aten("aten::detach", "", t); }
+inline Tensor dense_detached(const Tensor& t) { return dense(detached(t)); }
 
 inline Type type_of_tensor(const Tensor& t, const char* name) {
   switch (t.scalar_type()) {

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import checks
-from .structure import sizes
+from .structure import sizes, with_rows
 
 __all__ = ["Gaussian", "HeteroscedasticGaussian", "Bernoulli", "Categorical"]
 
@@ -47,7 +47,7 @@ class Gaussian(nn.Module):
 
     def forward(self, outputs: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
         _check_tensors(outputs, targets)
-        outputs = _checked(outputs, targets, targets.shape)
+        outputs = _shown(_checked(outputs, targets, targets.shape), _hidden(weights, targets.shape))
         if (fixed := self._fixed()) is not None:
             _, _, square, offset = fixed
             error = targets - outputs
@@ -87,7 +87,8 @@ class HeteroscedasticGaussian(nn.Module):
         _check_tensors(outputs, targets)
         expected = (*targets.shape[:-1], 2 * targets.shape[-1]) if targets.dim() > 1 else None
         outputs = _checked(outputs, targets, expected)
-        mean, log_variance = outputs.chunk(2, dim=-1)
+        hidden = _hidden(weights, targets.shape)
+        mean, log_variance = (_shown(part, hidden) for part in outputs.chunk(2, dim=-1))
         error, log_scale = targets - mean, 0.5 * log_variance
         # where there is no error its factor does not matter, and must not be infinite
         half = torch.where(error == 0.0, 0.0, _half(log_scale))
@@ -102,7 +103,7 @@ class Bernoulli(nn.Module):
 
     def forward(self, outputs: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
         _check_tensors(outputs, targets)
-        outputs = _checked(outputs, targets, targets.shape)
+        outputs = _shown(_checked(outputs, targets, targets.shape), _hidden(weights, targets.shape))
         # -log p = softplus(f) - y f, where softplus is stable
         return _rows(F.softplus(outputs) - targets.to(outputs.dtype) * outputs, weights)
 
@@ -151,10 +152,11 @@ class Categorical(nn.Module):
         hint = "" if self.class_dim != -1 or outputs.dim() < 4 else "; classes in another dimension need class_dim"
         targets = self.classes_last(targets.unsqueeze(0)).squeeze(0) if soft else targets
         outputs = _checked(outputs, targets, targets.shape if soft else (*targets.shape, outputs.shape[-1]), hint)
+        ignored = None if soft or self.ignore_index is None else targets == self.ignore_index
+        outputs = _shown(_shown(outputs, _hidden(weights, outputs.shape[1:-1])), ignored)
         log_probs = outputs if self.log_probs else outputs.log_softmax(-1)
         if soft:
             return _rows(-torch.where(targets == 0.0, 0.0, targets * log_probs).sum(-1), weights)
-        ignored = None if self.ignore_index is None else targets == self.ignore_index
         targets = targets if ignored is None else targets.masked_fill(ignored, 0)
         index = targets.long().expand(outputs.shape[:-1]).unsqueeze(-1)
         try:
@@ -173,7 +175,7 @@ def mean_nll(likelihood, outputs, targets, weights: Tensor | None = None) -> Ten
     """The mean over draws and rows of likelihood(outputs [S, B, ...], targets), which has to be [S, B].
 
     weights: [B] for a weighted mean over the rows; or [B, ...], which the likelihood is given. Targets of no weight are not
-        looked at: they may be anything, also nan.
+        looked at: they may be anything, also nan, and so may the outputs for them, whose gradient is 0.
     """
     size = sizes(outputs)
     if weights is not None:
@@ -181,6 +183,8 @@ def mean_nll(likelihood, outputs, targets, weights: Tensor | None = None) -> Ten
         if isinstance(targets, Tensor) and targets.shape[:weights.dim()] == weights.shape:
             where = weights.reshape(*weights.shape, *(1,) * (targets.dim() - weights.dim()))
             targets = torch.where(where == 0.0, torch.zeros((), dtype=targets.dtype, device=targets.device), targets)
+        if weights.dim() == 1:
+            outputs = with_rows(lambda t: _shown(t, weights == 0.0) if tuple(t.shape[:2]) == size else t, outputs)
     of_elements = weights is not None and weights.dim() > 1
     nll = likelihood(outputs, targets, weights) if of_elements else likelihood(outputs, targets)
     if not isinstance(nll, Tensor) or tuple(nll.shape) != size:
@@ -241,10 +245,25 @@ def _offset(log_scale: Tensor) -> Tensor:
     return log_scale + 0.5 * math.log(2.0 * math.pi)
 
 
+def _hidden(weights: Tensor | None, shape: torch.Size) -> Tensor | None:
+    """Which of the targets of this shape have no weight."""
+    if weights is None:
+        return None
+    if not isinstance(weights, Tensor) or weights.shape != shape:
+        raise ValueError(f"weights: expected a tensor {list(shape)}, one for each target, given {checks.describe(weights)}")
+    return weights == 0.0
+
+
+def _shown(outputs: Tensor, hidden: Tensor | None) -> Tensor:
+    """outputs [S, B, ...], 0 where they are hidden [B, ...]: their gradient is 0 then, also if they are nan, which 0 times them is too."""
+    if hidden is None:
+        return outputs
+    hidden = hidden.reshape(*hidden.shape, *(1,) * (outputs.dim() - 1 - hidden.dim()))
+    return torch.where(hidden, torch.zeros((), dtype=outputs.dtype, device=outputs.device), outputs)
+
+
 def _rows(nll: Tensor, weights: Tensor | None) -> Tensor:
     """[S, B, ...], each times its weight [B, ...], summed to [S, B]."""
     if weights is not None:
-        if not isinstance(weights, Tensor) or weights.shape != nll.shape[1:]:
-            raise ValueError(f"weights: expected a tensor {list(nll.shape[1:])}, one for each target, given {checks.describe(weights)}")
         nll = torch.where(weights == 0.0, 0.0, nll * weights.to(nll.dtype))
     return nll.sum(tuple(range(2, nll.dim()))) if nll.dim() > 2 else nll

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..layers.base import VariationalLayer, named_layers
-from ..layers.chain import flat, parts, run_modules, runs_its_children
+from ..layers.chain import flat, parts, run_modules, runs_its_children, takes_shared
 from .structure import call, flatten, repeat, with_rows
 
 _RANDOM = (nn.modules.dropout._DropoutNd, nn.RReLU, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d)
@@ -44,7 +44,7 @@ class Rest:
         return len(found) == 1 and isinstance(found[0], list)
 
     def repeated(self, x, n_samples: int):
-        """On x repeated for so many draws; a chain of narrow layers that comes first reads the x that they share where it is."""
+        """On x repeated for so many draws; a chain or a linear layer that comes first reads the x that they share where it is."""
         if n_samples == 1 or not isinstance(x, Tensor) or self.names:
             return call(self, x if n_samples == 1 else repeat(x, n_samples))
         return run_modules(self.modules, x, n_samples)
@@ -54,9 +54,11 @@ def shared(model: nn.Module, x) -> tuple[Callable, object]:
     """(what is to be called for the draws, with what): the children of an nn.Sequential before its first variational one have run;
     any other model, and what is random and comes after it, is left as it is.
     """
-    if not isinstance(model, nn.Sequential) or not isinstance(x, Tensor) or torch.compiler.is_compiling():
+    if not isinstance(x, Tensor) or torch.compiler.is_compiling():
         return model, x
-    before, after = _parts(model)
+    before, after = _parts(model) if isinstance(model, nn.Sequential) else ([], [model])
+    if not before and takes_shared(model, x):
+        return Rest(after, x), x
     known = next((i for i, module in enumerate(before) if _may_be_random(module)), len(before))
     before, after = before[:known], before[known:] + after
     training = any(m.training for module in before for m in module.modules())

@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from .. import checks
 
+_BATCHES = "; predict takes batches one after the other from an iterator, iter(x)"
 _PLAIN = (bool, int, float, complex, str, bytes, enum.Enum, torch.dtype, torch.device, type(None))
 
 
@@ -77,10 +78,18 @@ def _own_forward(model: nn.Sequential) -> bool:
 
 
 def call(model: Callable, x):
-    """model(x), model(*x) for a tuple x, model(**x) for a dictionary. A named tuple is no tuple here, but one input."""
-    if type(x) is tuple:
-        return model(*x)
-    return model(**x) if type(x) is dict else model(x)
+    """model(x), model(*x) for a tuple x, model(**x) for a dictionary. A named tuple is no tuple here, but one input.
+
+    TypeError that names x where the model raises one, or an AttributeError, at a tuple or list: they may be meant as batches.
+    """
+    if type(x) not in (tuple, list) or torch.compiler.is_compiling():
+        return model(*x) if type(x) is tuple else model(**x) if type(x) is dict else model(x)
+    try:
+        return model(*x) if type(x) is tuple else model(x)
+    except (TypeError, AttributeError) as error:
+        taken = "model(*x)" if type(x) is tuple else "model(x)"
+        raise TypeError(f"x: expected one batch, as {taken} takes it, given a {type(x).__name__} of {len(x)}, at which it raised "
+                        f"the {type(error).__name__} above{_BATCHES}") from error
 
 
 def count_rows(x, stacked: bool = True) -> int:
@@ -98,7 +107,7 @@ def count_rows(x, stacked: bool = True) -> int:
         return sizes[0]
     if len(set(sizes)) > 1:
         raise ValueError(f"x: expected tensors with one size of dimension 0, the batch, given {', '.join(map(str, sizes))}; a 0-d tensor "
-                         "or vectorized=False do not need it")
+                         f"or vectorized=False do not need it{_BATCHES if isinstance(x, (tuple, list)) else ''}")
     for leaf in leaves:
         if not isinstance(leaf, (Tensor, *_PLAIN)):
             raise TypeError(f"x: expected tensors, numbers, strings and None in it, given {checks.describe(leaf)}, whose rows are not "

@@ -12,7 +12,7 @@ from torch.nn.modules import module as torch_module
 
 from .. import checks
 from ..operators import arguments as packing
-from ..operators import autograd, raw
+from ..operators import autograd, functional, raw
 from .modes import top_hooks
 from .ordinary import LONGEST, WIDEST, WIDEST_TRAINED, in_chains, ordinary
 from .variational_linear import VariationalLinear
@@ -79,21 +79,30 @@ def run(model: nn.Sequential, x, draws: int = 1):
 
 def run_modules(modules: Iterable[nn.Module], x, draws: int = 1):
     """The same of any modules."""
-    if torch.compiler.is_compiling():  # it makes kernels of its own
-        x = x if draws == 1 else x.repeat(draws, *(1,) * (x.dim() - 1))
-        for module in modules:
-            x = module(x)
-        return x
-    for part in parts(modules):
-        y = None
-        if isinstance(part, list):
-            y = _run_chain(part, x, draws)
+    for part in modules if torch.compiler.is_compiling() else parts(modules):  # that makes kernels of its own
+        y = _run_chain(part, x, draws) if isinstance(part, list) else None
         if y is None:
-            y = x if draws == 1 else x.repeat(draws, *(1,) * (x.dim() - 1))
+            y = x
             for module in modules_of(part):
-                y = module(y)
+                y, draws = module(y) if draws == 1 else _on_shared(module, y, draws), 1
         x, draws = y, 1
     return x
+
+
+def _on_shared(module: nn.Module, x: Tensor, draws: int):
+    """What the module gives on x [B, ...] repeated for so many draws; a linear layer reads the x that they share where it is."""
+    if not takes_shared(module, x):
+        return module(x.repeat(draws, *(1,) * (x.dim() - 1)))
+    x = functional.autocast(x)
+    return module(x.expand(draws, *x.shape)).flatten(0, 1)
+
+
+def takes_shared(module: nn.Module, x) -> bool:
+    """Whether the module gives the same on x [S, B, ...] as on its rows [S * B, ...], and copies none that the samples share. Other
+    estimators count their noise by the number of the row; hooks see what they are used to.
+    """
+    return (isinstance(module, VariationalLinear) and type(module).forward is VariationalLinear.forward and is_plain(module)
+            and module.estimator == "weight" and isinstance(x, Tensor) and x.dim() >= 2 and x.shape[-1] == module.in_features)
 
 
 def modules_of(part: nn.Module | list[Step]) -> list[nn.Module]:

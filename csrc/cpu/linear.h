@@ -40,7 +40,7 @@ BNN_FN void multiply_batch(const ScalarOf<F>* w, const ScalarOf<F>* x, int64_t s
     for (int r = 0; r < R; ++r) sums[b * R + r] += a[b][r];
 }
 
-// x points at the batch rows of one sample in the span's first vector; stride is the batch of all samples.
+// x points at the batch rows of one sample in the span's first vector; stride is how many rows there are of all samples.
 template <class F, int R>
 inline void multiply_tile(const ScalarOf<F>* w, const ScalarOf<F>* x, int64_t stride, int64_t batch, int vectors, F* sums) {
   constexpr int W = Lane<F>::width;
@@ -56,7 +56,7 @@ inline void forward_rows(const LinearForward& problem, int64_t row, PriorSpan<F>
   using S = ScalarOf<F>;
   constexpr int W = Lane<F>::width;
   const Posterior& p = problem.weight;
-  int64_t end = padded_columns<F>(p), all = problem.samples * problem.batch;
+  int64_t end = padded_columns<F>(p), x_rows = problem.shared ? problem.batch : problem.samples * problem.batch;
   Tile<F> mu_scratch, rho_scratch;
   alignas(64) S tile[R * kTile];
   for (int r = 0; r < R; ++r)
@@ -68,7 +68,7 @@ inline void forward_rows(const LinearForward& problem, int64_t row, PriorSpan<F>
       sigma_span<F>(p, problem.divergence, mu, rho, span.width, prior, sigma + r * end + c, log_sigma + r * end + c, kl);
     }
   for (int64_t s = 0; s < problem.samples; ++s) {
-    const S* x = static_cast<const S*>(problem.x) + s * problem.batch * W;
+    const S* x = static_cast<const S*>(problem.x) + (problem.shared ? 0 : s * problem.batch * W);
     for (int64_t i = 0; i < problem.batch * R; ++i) sums[i] = splat<F>(0);
     for (int64_t c = 0; c < end; c += kTile) {
       int width = 0;
@@ -84,7 +84,7 @@ inline void forward_rows(const LinearForward& problem, int64_t row, PriorSpan<F>
                      tile + r * kTile, kl);
         width = span.width;
       }
-      multiply_tile<F, R>(tile, x + c * all, all, problem.batch, width / W, sums);
+      multiply_tile<F, R>(tile, x + c * x_rows, x_rows, problem.batch, width / W, sums);
     }
     for (int64_t b = 0; b < problem.batch; ++b) {
       S y[R];
@@ -134,12 +134,13 @@ constexpr int64_t kGradientOutputs = 16;  // of grad_y at a time
 constexpr int64_t kOutputsPerSum = 128;   // of dx, summed by themselves first
 static_assert(kGradientOutputs % kRowBlock == 0 && kOutputsPerSum % kGradientOutputs == 0);
 
-// grad_weight[r] = sum_b g[b][r] x[b] and grad_x[b] += sum_r g[b][r] w[r] over a span; g has rows of kGradientOutputs.
+// grad_weight[r] = sum_b g[b][r] x[b] and grad_x[b] += sum_r g[b][r] w[r] over a span; g has rows of kGradientOutputs, x and
+// grad_x each a stride of its own.
 template <class F, int R, bool with_x>
-BNN_FN void outer_tile(const ScalarOf<F>* w, const ScalarOf<F>* g, const ScalarOf<F>* x, ScalarOf<F>* grad_x, int64_t stride,
-                       int64_t batch, int vectors, ScalarOf<F>* grad_weight) {
+BNN_FN void outer_tile(const ScalarOf<F>* w, const ScalarOf<F>* g, const ScalarOf<F>* x, int64_t x_stride, ScalarOf<F>* grad_x,
+                       int64_t stride, int64_t batch, int vectors, ScalarOf<F>* grad_weight) {
   constexpr int W = Lane<F>::width;
-  for (int v = 0; v < vectors; ++v, x += stride * W, grad_x += with_x ? stride * W : 0) {
+  for (int v = 0; v < vectors; ++v, x += x_stride * W, grad_x += with_x ? stride * W : 0) {
     F row[R], sum[R];
     for (int r = 0; r < R; ++r) {
       row[r] = load<F>(w + r * kTile + v * W);
@@ -180,7 +181,7 @@ inline void backward_rows(const LinearBackward& problem, int64_t row, int64_t be
   using S = ScalarOf<F>;
   constexpr int W = Lane<F>::width;
   const Posterior& p = problem.weight;
-  int64_t all = problem.samples * problem.batch;
+  int64_t all = problem.samples * problem.batch, x_rows = problem.shared ? problem.batch : all;
   alignas(64) S weight[R * kTile], eps[R * kTile], grad_weight[R * kTile], by_mu[R * kTile], by_sigma[R * kTile];
   Span spans[R];
   DrawSpan<F> draws[R];
@@ -195,11 +196,11 @@ inline void backward_rows(const LinearBackward& problem, int64_t row, int64_t be
     for (int r = 0; r < R; ++r) gradient[r].draw(spans[r], s, draws[r]);
     int64_t first = s * problem.batch;
     int vectors = spans[0].width / W;
-    const S *g_s = g + first * kGradientOutputs, *x_s = x + first * W;
+    const S *g_s = g + first * kGradientOutputs, *x_s = x + (problem.shared ? 0 : first * W);
     if (grad_x) {
-      outer_tile<F, R, true>(weight, g_s, x_s, grad_x + first * W, all, problem.batch, vectors, grad_weight);
+      outer_tile<F, R, true>(weight, g_s, x_s, x_rows, grad_x + first * W, all, problem.batch, vectors, grad_weight);
     } else {
-      outer_tile<F, R, false>(weight, g_s, x_s, nullptr, all, problem.batch, vectors, grad_weight);
+      outer_tile<F, R, false>(weight, g_s, x_s, x_rows, nullptr, all, problem.batch, vectors, grad_weight);
     }
     for (int r = 0; r < R; ++r) gradient[r].accumulate(spans[r], s, draws[r]);
   }
@@ -231,16 +232,16 @@ template <class F> inline void linear_backward(const LinearBackward& problem, in
   using S = ScalarOf<F>;
   const Posterior& p = problem.weight;
   int64_t padded = padded_columns<F>(p), block = column_block(p.columns), all = problem.samples * problem.batch;
-  int64_t shift = column_shift(p);
+  int64_t shift = column_shift(p), x_rows = problem.shared ? problem.batch : all;
   auto gradient = [&] { return GradientSpan<F>(p, problem.divergence, problem.samples, problem.grad_kl); };
   GradientSpan<F> gradients[kRowBlock] = {gradient(), gradient(), gradient(), gradient()};
-  auto x = aligned_array<S>(block * all), g = aligned_array<S>(kGradientOutputs * all);
+  auto x = aligned_array<S>(block * x_rows), g = aligned_array<S>(kGradientOutputs * all);
   auto total = aligned_array<S>(problem.grad_x ? block * all : 0), part = aligned_array<S>(problem.grad_x ? block * all : 0);
   for (int64_t t = task_begin; t < task_end; ++t) {
     int64_t begin = t * block, end = begin + block < padded ? begin + block : padded;
     int64_t size = problem.grad_x ? (end - begin) * all : 0;
     S* sums = problem.grad_x ? part.get() : nullptr;
-    pack<F>(problem.x, problem.type, all, p.columns, shift, begin, end, x.get());
+    pack<F>(problem.x, problem.type, x_rows, p.columns, shift, begin, end, x.get());
     for (int64_t i = 0; i < size; ++i) total[i] = sums[i] = 0;
     for (int64_t row = 0; row < p.rows;) {
       int64_t first = row, stop = row + kGradientOutputs < p.rows ? row + kGradientOutputs : p.rows;

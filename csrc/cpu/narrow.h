@@ -188,7 +188,8 @@ template <class F> inline void narrow_forward(const NarrowForward& problem, int6
       }
       drawn = sample;
     }
-    add_rows<F>(problem.x + begin * in, rows, in, weight, bias, out, problem.y + begin * out);
+    const float* x = problem.x + (begin - (problem.shared ? sample * problem.batch : 0)) * in;
+    add_rows<F>(x, rows, in, weight, bias, out, problem.y + begin * out);
   }
 }
 
@@ -201,12 +202,14 @@ template <class F> inline void narrow_backward(const NarrowBackward& problem, in
   F sums[(kNarrow + 1) * kNarrow / W];
   float last_rows[kRowsPerSum * W + W];
   for (int64_t t = task_begin; t < task_end; ++t) {
-    const float* weight = problem.weight ? problem.weight + t / tasks.per_sample * out * in : nullptr;
+    int64_t sample = t / tasks.per_sample;
+    int64_t before = problem.shared ? sample * problem.batch : 0;  // rows of y, not of x
+    const float* weight = problem.weight ? problem.weight + sample * out * in : nullptr;
     for (int64_t i = 0; i < depth * vectors + vectors_of<F>(out); ++i) sums[i] = splat<F>(0);
     int64_t end = tasks.end_row(t);
     for (int64_t b = tasks.first_row(t); b < end; b += kRowsPerSum) {
       int64_t rows = b + kRowsPerSum < end ? kRowsPerSum : end - b;
-      const float *x = problem.x + b * in, *g = problem.grad_y + b * out;
+      const float *x = problem.x + (b - before) * in, *g = problem.grad_y + b * out;
       if (weight) add_rows<F>(g, rows, out, weight, nullptr, in, problem.grad_x + b * in);
       if (!vectors_fit<F>(rows, out, (all - b) * out)) {
         copy_floats(last_rows, g, rows * out);

@@ -59,7 +59,8 @@ class Cpu {
       sample(a.bias->view, a.divergence, a.samples, bias->mutable_data_ptr(), type_of_tensor(*bias, "bias"));
     }
     Tensor y = empty_of(x, a.output_shape(x), x.scalar_type());
-    Tensor packed = pack_input(x, p, a.samples * batch);
+    bool shared = a.shared(x);
+    Tensor packed = pack_input(a.own_rows(x), p, shared ? batch : a.samples * batch);
     int64_t tasks = (p.rows + kRowBlock - 1) / kRowBlock;
     std::vector<double> kl(a.divergence == kNone ? 0 : tasks);
     LinearForward problem{p,
@@ -67,6 +68,7 @@ class Cpu {
                           a.samples,
                           batch,
                           packed.const_data_ptr(),
+                          shared,
                           bias ? bias->const_data_ptr() : nullptr,
                           y.mutable_data_ptr(),
                           type_of_tensor(y, "y"),
@@ -81,14 +83,15 @@ class Cpu {
     if (regime == Regime::kSmall) return narrow_backward(a, x, grad_y, grad_kl, need_x, batch, grads);
     const Posterior& p = a.weight.view;
     ScalarType type = compute_type(x.scalar_type());
-    Tensor outputs = dense(grad_y.scalar_type() == type ? grad_y : torch::stable::to(grad_y, type));
+    Tensor inputs = a.own_rows(x), outputs = dense(grad_y.scalar_type() == type ? grad_y : torch::stable::to(grad_y, type));
     if (need_x) grads.x = empty_of(x, shape_of(x), x.scalar_type());
     LinearBackward problem{p,
                            static_cast<int>(a.divergence),
                            a.samples,
                            batch,
                            type_of_tensor(x, "x"),
-                           x.const_data_ptr(),
+                           inputs.const_data_ptr(),
+                           a.shared(x),
                            outputs.const_data_ptr(),
                            need_x ? grads.x.mutable_data_ptr() : nullptr,
                            grad_kl,
@@ -116,9 +119,9 @@ class Cpu {
     auto weight = floats(a.samples * p.rows * p.columns), bias = floats(a.samples * p.rows);
     sample(p, a.divergence, a.samples, weight.get(), Type::kFloat32);
     if (a.bias) sample(a.bias->view, a.divergence, a.samples, bias.get(), Type::kFloat32);
-    Tensor y = empty_of(x, a.output_shape(x), x.scalar_type());
-    NarrowForward problem{p.columns, p.rows, a.samples, batch, floats(x), weight.get(), a.bias ? bias.get() : nullptr,
-                          static_cast<float*>(y.mutable_data_ptr())};
+    Tensor inputs = a.own_rows(x), y = empty_of(x, a.output_shape(x), x.scalar_type());
+    NarrowForward problem{p.columns, p.rows, a.samples, batch, floats(inputs), a.shared(x), weight.get(),
+                          a.bias ? bias.get() : nullptr, static_cast<float*>(y.mutable_data_ptr())};
     NarrowTasks tasks(a.samples, batch);
     run(cpu_kernels().narrow_forward, problem, tasks.count, tasks.rows * row_cost(p));
     return y;
@@ -128,7 +131,7 @@ class Cpu {
                        int64_t batch, LinearGradients& grads) {
     const Posterior& p = a.weight.view;
     int64_t size = p.rows * p.columns;
-    Tensor outputs = dense(grad_y);
+    Tensor inputs = a.own_rows(x), outputs = dense(grad_y);
     auto weight = floats(a.samples * size + 16);  // then their gradient
     if (need_x) {
       sample(p, kNone, a.samples, weight.get(), Type::kFloat32);
@@ -137,7 +140,8 @@ class Cpu {
     NarrowTasks tasks(a.samples, batch);
     int64_t part = size + p.rows;
     auto partial = floats(tasks.count * part), grad_bias = floats(a.samples * p.rows);
-    NarrowBackward problem{p.columns, p.rows, a.samples, batch, floats(x), floats(outputs), need_x ? weight.get() : nullptr,
+    NarrowBackward problem{p.columns, p.rows, a.samples, batch, floats(inputs), a.shared(x), floats(outputs),
+                           need_x ? weight.get() : nullptr,
                            need_x ? static_cast<float*>(grads.x.mutable_data_ptr()) : nullptr, partial.get()};
     run(cpu_kernels().narrow_backward, problem, tasks.count, 2 * tasks.rows * row_cost(p));
     for (int64_t s = 0; s < a.samples && batch > 0; ++s) {

@@ -39,10 +39,10 @@ class Cuda {
   }
 
   Tensor fused_forward(const LinearArguments& a, const Tensor& x, int64_t batch) {
-    Tensor y = empty_of(x, a.output_shape(x), x.scalar_type());
+    Tensor inputs = dense(x), y = empty_of(x, a.output_shape(x), x.scalar_type());
     LayerForward problem{a.weight.view,        bias_view(),
                          static_cast<int>(a.divergence), a.samples,
-                         batch,                x.const_data_ptr(),
+                         batch,                inputs.const_data_ptr(),
                          type_of_tensor(x, "x"), y.mutable_data_ptr(),
                          value.mutable_data_ptr(), nullptr};
     bool small = regime == Regime::kSmall;
@@ -56,14 +56,14 @@ class Cuda {
 
   void fused_backward(const LinearArguments& a, const Tensor& x, const Tensor& grad_y, const KlGradient& grad_kl, bool need_x,
                       int64_t batch, LinearGradients& grads) {
-    Tensor outputs = dense(grad_y);
+    Tensor inputs = dense(x), outputs = dense(grad_y);
     if (need_x) grads.x = empty_of(x, shape_of(x), x.scalar_type());
     LayerBackward problem{a.weight.view,
                           bias_view(),
                           static_cast<int>(a.divergence),
                           a.samples,
                           batch,
-                          x.const_data_ptr(),
+                          inputs.const_data_ptr(),
                           outputs.const_data_ptr(),
                           type_of_tensor(x, "x"),
                           grad_kl,

@@ -4,6 +4,7 @@ from __future__ import annotations
 import pytest
 import torch
 from demos.reading import hasty, pictures, row  # noqa: F401
+from demos.test_digits import small_mnist  # noqa: F401
 
 import bnn_fast as bf
 from bnn_fast.demos import __main__ as command
@@ -27,6 +28,13 @@ def test_pretrained_in_short(tmp_path, capsys, hasty):
     assert pictures(text, tmp_path) == ["pretrained.png"]
     assert row(text, "accuracy")[1:] == [f"{found[kind]['accuracy']:.2%}" for kind in ("deterministic", "last layer", "all layers")]
     assert min(each["accuracy"] for each in found.values()) > 0.7
+
+
+def test_pretrained_on_mnist_files(small_mnist, tmp_path, capsys, hasty):  # noqa: F811
+    found = pretrained.run(epochs=6, out=str(tmp_path), data=str(small_mnist))
+    text = capsys.readouterr().out
+    assert "40 held-out images, 6 epochs, then 2 of the ELBO" in text and pictures(text, tmp_path) == ["pretrained_mnist.png"]
+    assert min(each["accuracy"] for each in found.values()) > 0.5
 
 
 def test_only_what_is_converted_is_trained_on():

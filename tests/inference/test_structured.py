@@ -268,3 +268,26 @@ def test_readmes_backbone_inputs_and_loader(tmp_path, monkeypatch):
     assert len(made["found"]) == len(made["whole"]) == 12
     torch.testing.assert_close(made["whole"].probs, made["same"].probs)
     assert all(p.grad is not None for p in made["model"].parameters())
+
+
+class Convolution(nn.Module):
+    def __init__(self, attribute: bool):
+        super().__init__()
+        self.first, self.layer, self.attribute = nn.Conv1d(3, 4, 1), bf.VariationalLinear(4, 2), attribute
+
+    def forward(self, x):
+        return self.layer(self.first(x.clone() if self.attribute else x).mean(-1))
+
+
+@pytest.mark.parametrize("options", [{}, {"vectorized": False}, {"batch_size": 2}])
+@pytest.mark.parametrize("model", [Convolution(False), Convolution(True), nn.Sequential(nn.Conv1d(3, 4, 1), bf.VariationalConv1d(4, 2, 1))])
+def test_batches_that_are_no_iterator_are_refused_by_name(model, options):
+    a, b = torch.randn(5, 3, 4), torch.randn(5, 3, 4)
+    for x, taken in (([a, b], r"model\(x\)"), ((a, b), r"model\(\*x\)"), ([(a, 0), (b, 1)], r"model\(x\)")):
+        with pytest.raises(TypeError, match=rf"^x: expected one batch, as {taken} takes it, given a {type(x).__name__} of 2, .*iter\(x\)$"):
+            bf.predict(model, x, n_samples=3, **options)
+    for x in ([a, b[:4]], (a, b[:4])):
+        with pytest.raises((TypeError, ValueError), match=r"^x: expected .* given .*iter\(x\)$"):
+            bf.predict(model, x, n_samples=3, **options)
+    found = bf.predict(model, iter([a, b[:4]]), n_samples=3, seed=1)
+    torch.testing.assert_close(found.mean, bf.predict(model, torch.cat([a, b[:4]]), n_samples=3, seed=1).mean)
