@@ -28,7 +28,7 @@ def explain(model: nn.Module, x) -> None:
     TypeError if the model is no module.
     """
     checks.module("model", model)
-    layers, inputs = named_layers(model), _inputs(model, given(x))
+    layers, inputs = named_layers(model), _inputs(model, given(model, x))
     of_chains, rows = _of_chains(model, inputs), [_HEAD]
     for name, layer in layers:
         if name not in inputs:

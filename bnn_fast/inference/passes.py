@@ -92,7 +92,7 @@ def repeated(model: Callable, x, n_samples: int, output: Callable | None = None)
 def _called(model: Callable, x):
     """A call of the model; of an nn.Sequential that does nothing but call its children, with its chains as one operator."""
     if isinstance(x, Tensor) and isinstance(model, nn.Sequential) and not torch.compiler.is_compiling() and runs_its_children(model):
-        return run(model, x)
+        return run(model._modules.values(), x)
     return call(model, x)
 
 

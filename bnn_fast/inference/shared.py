@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..layers.base import VariationalLayer, named_layers
-from ..layers.chain import flat, parts, run_modules, runs_its_children, takes_shared
+from ..layers.chain import flat, parts, run, runs_its_children, takes_shared
 from .structure import call, flatten, repeat, with_rows
 
 _RANDOM = (nn.modules.dropout._DropoutNd, nn.RReLU, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d)
@@ -34,9 +34,9 @@ class Rest:
             inputs = with_rows(lambda t: t.clone() if id(t) in self._kept else t, inputs)
         positional = len(inputs) - len(self.names)
         if len(inputs) == 1 == positional:
-            return run_modules(self.modules, *inputs)
+            return run(self.modules, *inputs)
         y = self.modules[0](*inputs[:positional], **dict(zip(self.names, inputs[positional:])))
-        return run_modules(self.modules[1:], y)
+        return run(self.modules[1:], y)
 
     def is_one_chain(self) -> bool:
         """Whether all of it runs as one operator, as far as the modules tell."""
@@ -45,9 +45,10 @@ class Rest:
 
     def repeated(self, x, n_samples: int):
         """On x repeated for so many draws; a chain or a linear layer that comes first reads the x that they share where it is."""
-        if n_samples == 1 or not isinstance(x, Tensor) or self.names:
+        inputs = x if type(x) is tuple else (x,)
+        if n_samples == 1 or self.names or len(inputs) != 1 or not isinstance(inputs[0], Tensor):
             return call(self, x if n_samples == 1 else repeat(x, n_samples))
-        return run_modules(self.modules, x, n_samples)
+        return run(self.modules, *inputs, n_samples)
 
 
 def shared(model: nn.Module, x) -> tuple[Callable, object]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .. import checks
+from ..layers.chain import Sequential
 
 _BATCHES = "; predict takes batches one after the other from an iterator, iter(x)"
 _PLAIN = (bool, int, float, complex, str, bytes, enum.Enum, torch.dtype, torch.device, type(None))
@@ -68,13 +69,13 @@ def given(model: Callable, x):
     several = type(x) is tuple and len(x) != 1 or type(x) is dict and set(x) != {"input"}  # as forward's argument is called
     if several and isinstance(model, nn.Sequential) and _own_forward(model) and not model._forward_pre_hooks:
         raise TypeError("x: expected the one input that an nn.Sequential has, such as a tensor [B, ...], given "
-                        f"{checks.describe(x)}; a tuple or dictionary that is one input is (x,)")
+                        f"{checks.describe(x)}; a tuple or dictionary that is one input is (x,){_BATCHES}")
     return x
 
 
 def _own_forward(model: nn.Sequential) -> bool:
-    """Whether it is nn.Sequential's, and not a subclass's or one set on the model."""
-    return getattr(model.forward, "__func__", None) is nn.Sequential.forward
+    """Whether it is that of an nn.Sequential or ours, and not a subclass's or one set on the model."""
+    return getattr(model.forward, "__func__", None) in (nn.Sequential.forward, Sequential.forward)
 
 
 def call(model: Callable, x):

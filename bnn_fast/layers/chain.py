@@ -45,12 +45,12 @@ class Sequential(nn.Sequential):
     ones too, parametrizations, wrappers (FSDP, activation checkpoints), shared parameters, autocast, torch.compile. Then layers run
     one by one. `explain(model, x)` says what runs how, and why.
 
-    Arguments, names and state_dict are those of nn.Sequential; `fuse(model)` makes it of every nn.Sequential in a model. Intermediate
-    results are not kept for the gradient, they are computed again.
+    Arguments, names and state_dict are those of nn.Sequential; `fuse(model)` makes it of every nn.Sequential in a model. For the gradient
+    intermediate results are computed again; drawn weights are kept, up to 2^20 of all draws, or else drawn again.
     """
 
     def forward(self, x):
-        return run(self, x)
+        return run(self._modules.values(), x)
 
 
 # Of each draw, that a chain wider than WIDEST_TRAINED is worth: where they are fewer, layers do not write their weights to memory. On
@@ -67,18 +67,11 @@ class Step(NamedTuple):
         return _coded("identity") if self.activation is None else in_chains[type(self.activation)](self.activation)
 
 
-def run(model: nn.Sequential, x, draws: int = 1):
-    """What the children of an nn.Sequential give, one after the other. draws: x [B, ...] is that of so many draws, and the output
-    [draws * B, ...].
-    """
-    steps = None if torch.compiler.is_compiling() or torch_module._has_any_global_hook() else ordinary()
-    if steps is not None and (y := steps.chain(model, x, draws)) is not None:
+def run(modules: Iterable[nn.Module], x, draws: int = 1):
+    """What the modules give, one after the other. draws: x [B, ...] is that of so many draws, and the output [draws * B, ...]."""
+    modules, steps = list(modules), ordinary()
+    if steps is not None and not torch_module._has_any_global_hook() and (y := steps.chain(modules, x, draws)) is not None:
         return y
-    return run_modules(model._modules.values(), x, draws)
-
-
-def run_modules(modules: Iterable[nn.Module], x, draws: int = 1):
-    """The same of any modules."""
     for part in modules if torch.compiler.is_compiling() else parts(modules):  # that makes kernels of its own
         y = _run_chain(part, x, draws) if isinstance(part, list) else None
         if y is None:

@@ -74,7 +74,7 @@ PYBIND11_MODULE(_autograd, m) {
       .def(py::init<const Operator&, const Operator&, py::object, py::object, py::tuple, py::object, py::object, py::dict, py::dict,
                     py::dict, std::pair<int64_t, int64_t>>())
       .def("call", torch::wrap_pybind_function([](const Ordinary& o, py::handle layer, py::handle x) { return o.call(layer, x); }))
-      .def("chain", torch::wrap_pybind_function([](const Ordinary& o, py::handle modules, py::handle x, int64_t draws) {
+      .def("chain", torch::wrap_pybind_function([](const Ordinary& o, const py::list& modules, py::handle x, int64_t draws) {
              return o.chain(modules, x, draws);
            }))
       .def("handed_over", &Ordinary::handed_over)

@@ -149,7 +149,7 @@ py::object Ordinary::call(py::handle module, py::handle given) const {
   return py::cast(std::move(y));
 }
 
-py::object Ordinary::chain(py::handle sequential, py::handle given, int64_t draws) const {
+py::object Ordinary::chain(const py::list& modules, py::handle given, int64_t draws) const {
   const Names& name = names();
   if (!THPVariable_CheckExact(given.ptr()) || !eager() || value_of(plain_).ptr() != Py_False) return py::none();
   const at::Tensor& x = THPVariable_Unpack(given.ptr());
@@ -173,10 +173,8 @@ py::object Ordinary::chain(py::handle sequential, py::handle given, int64_t draw
     by_activation.insert(by_activation.end(), {0.0, 0.0});
     return by_activation.size() <= 2 * static_cast<size_t>(most_.second);
   };
-  py::object own = dict_of(sequential);
-  PyObject *modules = item(own.ptr(), name._modules), *key, *child;
-  Py_ssize_t at = 0;
-  while (modules && PyDict_Next(modules, &at, &key, &child)) {
+  for (py::handle module : modules) {
+    PyObject* child = module.ptr();
     PyObject* step = PyDict_GetItemWithError(steps_.ptr(), reinterpret_cast<PyObject*>(Py_TYPE(child)));
     py::object dict = step ? dict_of(child) : py::object();
     if (!step || !is_plain(dict.ptr())) return py::none();

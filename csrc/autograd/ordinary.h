@@ -24,8 +24,8 @@ class Ordinary {
   // y of a linear layer, whose state is then what the call leaves.
   pybind11::object call(pybind11::handle layer, pybind11::handle x) const;
 
-  // The same of a Sequential's modules that are one chain; draws: of so many, which x is that of all of.
-  pybind11::object chain(pybind11::handle sequential, pybind11::handle x, int64_t draws) const;
+  // The same of modules that are one chain; draws: of so many, which x is that of all of.
+  pybind11::object chain(const pybind11::list& modules, pybind11::handle x, int64_t draws) const;
 
   // The sum of the KLs that the latest calls of the model's layers left, which are taken from them. generation: that of steps.py;
   // of_pass: whether they have to be of calls with the keys of the context around.
