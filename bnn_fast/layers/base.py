@@ -89,14 +89,20 @@ class VariationalLayer(Posterior):
         key = self._key(mode, self.device)
         with_kl = torch.is_grad_enabled() and not recomputed and not functorch
         weights, kls = {}, []
-        for pair in pairs:
-            w, kl = self._draw(pair, key, mode.n_samples, with_kl, compiling or functorch)
-            weights[pair.name] = w if mode.n_samples > 1 else w[0]
-            kls.append(kl)
-        y = self._computed(weights, mode.n_samples, inputs, keywords)
+        y = self._estimated(mode, key, recomputed, *inputs, **keywords)
+        if y is None:
+            for pair in pairs:
+                w, kl = self._draw(pair, key, mode.n_samples, with_kl, compiling or functorch)
+                weights[pair.name] = w if mode.n_samples > 1 else w[0]
+                kls.append(kl)
+            y = self._computed(weights, mode.n_samples, inputs, keywords)
         if not recomputed and not functorch:
-            self._remember(self._registered(), key, mode.n_samples, None if None in kls else tuple(kls), compiling)
+            self._remember(self._registered(), key, mode.n_samples, None if not kls or None in kls else tuple(kls), compiling)
         return y
+
+    def _estimated(self, mode: Mode, key: Tensor, recomputed: bool, *inputs, **keywords):
+        """What a layer gives whose estimator is not "weight"; None where weights are to be drawn."""
+        return None
 
     def _computed(self, weights: dict[str, Tensor], n_samples: int, inputs: tuple, keywords: dict):
         if n_samples == 1:

@@ -9,13 +9,14 @@ from torch import Tensor, nn
 from .. import checks
 from ..priors import Normal
 from .counterpart import Counterpart, in_dtype
+from .estimators import EstimatedConvolution
 
 # The most numbers in one draw's input for which S draws are one grouped convolution. With S = 4 and 10 and 3 x 3 kernels, forward
 # and backward took 0.4 to 0.9 of the time of S convolutions up to here, 0.9 to 2 times as long beyond.
 _TOGETHER = 2 ** 16
 
 
-class _Convolution(Counterpart):
+class _Convolution(Counterpart, EstimatedConvolution):
     """What both kinds have in common; `_convolve` is one call."""
     ordinary: type[nn.modules.conv._ConvNd]
     dimensions: int     # of space
@@ -58,7 +59,7 @@ class _Conv(_Convolution):
     def __init__(self, in_channels: int, out_channels: int, kernel_size, stride=1, padding=0, dilation=1, groups: int = 1,
                  bias: bool = True, padding_mode: str = "zeros", *, prior: Normal = Normal(0.0, 1.0),
                  bias_prior: Normal | None = None, scale: str = "softplus", kl: str = "analytic", init: str = "default",
-                 init_sigma: float | None = None, device=None, dtype=None):
+                 init_sigma: float | None = None, estimator: str = "weight", device=None, dtype=None):
         if isinstance(padding, str):
             checks.choice("padding", padding, {"same": 0, "valid": 1})
             if padding == "same" and any(step != 1 for step in (stride if isinstance(stride, (tuple, list)) else [stride])):
@@ -67,7 +68,7 @@ class _Conv(_Convolution):
         super().__init__(dict(in_channels=in_channels, out_channels=out_channels, kernel_size=kernel_size, stride=stride,
                               padding=padding, dilation=dilation, groups=groups, bias=bias, padding_mode=padding_mode),
                          prior=prior, bias_prior=bias_prior, scale=scale, kl=kl, init=init, init_sigma=init_sigma,
-                         device=device, dtype=dtype)
+                         estimator=estimator, device=device, dtype=dtype)
 
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input)
@@ -85,14 +86,14 @@ class _ConvTranspose(_Convolution):
     def __init__(self, in_channels: int, out_channels: int, kernel_size, stride=1, padding=0, output_padding=0, groups: int = 1,
                  bias: bool = True, dilation=1, padding_mode: str = "zeros", *, prior: Normal = Normal(0.0, 1.0),
                  bias_prior: Normal | None = None, scale: str = "softplus", kl: str = "analytic", init: str = "default",
-                 init_sigma: float | None = None, device=None, dtype=None):
+                 init_sigma: float | None = None, estimator: str = "weight", device=None, dtype=None):
         if isinstance(padding, str):
             raise TypeError(f"padding: expected integers, given {padding!r}")
         checks.choice("padding_mode", padding_mode, {"zeros": 0})
         super().__init__(dict(in_channels=in_channels, out_channels=out_channels, kernel_size=kernel_size, stride=stride,
                               padding=padding, output_padding=output_padding, groups=groups, bias=bias, dilation=dilation),
                          prior=prior, bias_prior=bias_prior, scale=scale, kl=kl, init=init, init_sigma=init_sigma,
-                         device=device, dtype=dtype)
+                         estimator=estimator, device=device, dtype=dtype)
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         return super().forward(input, output_size)
@@ -121,6 +122,9 @@ class VariationalConv1d(_Conv):
     Arguments: those of nn.Conv1d, then those of VariationalLinear. Priors of tensors have the shapes of nn.Conv1d's weight
     [out_channels, in_channels / groups, *kernel_size] and bias [out_channels].
 
+    estimator="local" draws every output of every example by itself; the signs of "flipout" are those of an example's channels, alike
+    at all places (`layers.estimators`).
+
     Shapes: as nn.Conv1d's: input [B, in_channels, L] or [in_channels, L] -> [B, out_channels, L'] or [out_channels, L'].
     Under `sampling` with several samples the batch dimension has to be there.
 
@@ -137,6 +141,9 @@ class VariationalConv2d(_Conv):
 
     Arguments: those of nn.Conv2d, then those of VariationalLinear. Priors of tensors have the shapes of nn.Conv2d's weight
     [out_channels, in_channels / groups, *kernel_size] and bias [out_channels].
+
+    estimator="local" draws every output of every example by itself; the signs of "flipout" are those of an example's channels, alike
+    at all places (`layers.estimators`).
 
     Shapes: as nn.Conv2d's: input [B, in_channels, H, W] or [in_channels, H, W] -> [B, out_channels, H', W'] or [out_channels,
     H', W']. Under `sampling` with several samples the batch dimension has to be there.
@@ -155,6 +162,9 @@ class VariationalConv3d(_Conv):
     Arguments: those of nn.Conv3d, then those of VariationalLinear. Priors of tensors have the shapes of nn.Conv3d's weight
     [out_channels, in_channels / groups, *kernel_size] and bias [out_channels].
 
+    estimator="local" draws every output of every example by itself; the signs of "flipout" are those of an example's channels, alike
+    at all places (`layers.estimators`).
+
     Shapes: as nn.Conv3d's: input [B, in_channels, D, H, W] or [in_channels, D, H, W] -> [B, out_channels, D', H', W'] or
     [out_channels, D', H', W']. Under `sampling` with several samples the batch dimension has to be there.
 
@@ -171,6 +181,9 @@ class VariationalConvTranspose1d(_ConvTranspose):
 
     Arguments: those of nn.ConvTranspose1d, then those of VariationalLinear. Priors of tensors have the shapes of
     nn.ConvTranspose1d's weight [in_channels, out_channels / groups, *kernel_size] and bias [out_channels].
+
+    estimator="local" draws every output of every example by itself; the signs of "flipout" are those of an example's channels, alike
+    at all places (`layers.estimators`).
 
     Shapes: as nn.ConvTranspose1d's: input [B, in_channels, L] or [in_channels, L] -> [B, out_channels, L'] or [out_channels,
     L']; output_size as there. Under `sampling` with several samples the batch dimension has to be there.
@@ -189,6 +202,9 @@ class VariationalConvTranspose2d(_ConvTranspose):
     Arguments: those of nn.ConvTranspose2d, then those of VariationalLinear. Priors of tensors have the shapes of
     nn.ConvTranspose2d's weight [in_channels, out_channels / groups, *kernel_size] and bias [out_channels].
 
+    estimator="local" draws every output of every example by itself; the signs of "flipout" are those of an example's channels, alike
+    at all places (`layers.estimators`).
+
     Shapes: as nn.ConvTranspose2d's: input [B, in_channels, H, W] or [in_channels, H, W] -> [B, out_channels, H', W'] or
     [out_channels, H', W']; output_size as there. Under `sampling` with several samples the batch dimension has to be there.
 
@@ -205,6 +221,9 @@ class VariationalConvTranspose3d(_ConvTranspose):
 
     Arguments: those of nn.ConvTranspose3d, then those of VariationalLinear. Priors of tensors have the shapes of
     nn.ConvTranspose3d's weight [in_channels, out_channels / groups, *kernel_size] and bias [out_channels].
+
+    estimator="local" draws every output of every example by itself; the signs of "flipout" are those of an example's channels, alike
+    at all places (`layers.estimators`).
 
     Shapes: as nn.ConvTranspose3d's: input [B, in_channels, D, H, W] or [in_channels, D, H, W] -> [B, out_channels, D', H',
     W'] or [out_channels, D', H', W']; output_size as there. Under `sampling` with several samples the batch dimension has to

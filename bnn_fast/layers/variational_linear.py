@@ -9,12 +9,12 @@ from .. import checks
 from ..operators import arguments as packing
 from ..operators import autograd, functional, raw
 from ..priors import Normal
-from .base import VariationalLayer
+from .estimators import Estimating
 from .modes import Mode
 from .ordinary import ordinary
 
 
-class VariationalLinear(VariationalLayer):
+class VariationalLinear(Estimating):
     """y = x W^T + b with W ~ N(weight_mu, sigma(weight_rho)^2), b ~ N(bias_mu, sigma(bias_rho)^2).
 
     Every call draws the weights anew, one draw shared by the batch, in training and in evaluation alike;
@@ -49,11 +49,9 @@ class VariationalLinear(VariationalLayer):
                  prior: Normal = Normal(0.0, 1.0), bias_prior: Normal | None = None, scale: str = "softplus",
                  kl: str = "analytic", init: str = "default", init_sigma: float | None = None, estimator: str = "weight",
                  device=None, dtype=None):
-        super().__init__(prior=prior, bias_prior=bias_prior, scale=scale, kl=kl, init=init, init_sigma=init_sigma, device=device,
-                         dtype=dtype)
+        super().__init__(estimator, prior=prior, bias_prior=bias_prior, scale=scale, kl=kl, init=init, init_sigma=init_sigma,
+                         device=device, dtype=dtype)
         checks.flags(bias=bias)
-        checks.choice("estimator", estimator, checks.ESTIMATORS)
-        self.estimator = estimator
         self.in_features = in_features = checks.integer("in_features", in_features, 0)
         self.out_features = out_features = checks.integer("out_features", out_features, 0)
         self.add_posterior("weight", (out_features, in_features))
@@ -90,23 +88,10 @@ class VariationalLinear(VariationalLayer):
             self._remember(self._registered(parameters), key, mode.n_samples, None if kl is None else (kl,), compiling)
         return y
 
-    def _one_network(self, mode: Mode) -> bool:
-        """Whether weights are to be drawn, whatever the estimator."""
-        return mode.weights or (mode.key is None and not mode.explicit and self._buffers["frozen_key"] is not None)
-
     def _noise_of(self, mode: Mode, key: Tensor, x: Tensor, recomputed: bool) -> Tensor:
         """The key for these examples, which may be a part of a batch."""
-        if mode.calls is not None and not recomputed:
-            if mode.calls:
-                raise RuntimeError(
-                    f"a layer with estimator={self.estimator!r} is called again under one key, or one that shares its parameters is: "
-                    'both calls would have the same noise. Use estimator="weight" for tied and recurrent layers, or predict(joint=True)')
-            mode.calls.append(True)
-        if mode.place is None or x.dim() < 2:
-            return key
-        first_row, rows = mode.place
-        times, rest = divmod(x.shape[0], rows * mode.n_samples)  # several of dimension 0 here may be one row of the model's input
-        return key if rest else torch.cat([key, torch.full_like(key[:1], first_row * times)])
+        first_row = self._first_row(mode, x, recomputed)
+        return key if first_row is None else torch.cat([key, torch.full_like(key[:1], first_row)])
 
     def tensors(self) -> tuple:
         parameters = self._parameters  # a look-up through nn.Module costs several times as much
@@ -128,4 +113,4 @@ class VariationalLinear(VariationalLayer):
 
     def extra_repr(self) -> str:
         return (f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias_mu is not None}, "
-                f"{super().extra_repr()}" + (f", estimator={self.estimator!r}" if self.estimator != "weight" else ""))
+                f"{super().extra_repr()}")

@@ -98,15 +98,15 @@ def noisy_linear_under(noise, x, weight_mu, weight_sigma, bias_mu, bias_sigma, r
     outputs, inputs = weight_mu.shape
     of_inputs, of_outputs = (e.sign() * e.abs().double().sqrt().to(e.dtype) for e in (
         noise(inputs, NOISY_STREAM, column_offset), noise(outputs, NOISY_STREAM + 1, row_offset)))
-    w = _Posterior(weight_mu, weight_sigma, "identity").draw(of_outputs.unsqueeze(1) * of_inputs)
-    b = None if bias_mu is None else _Posterior(bias_mu, bias_sigma, "identity").draw(of_outputs)
+    w = Posterior(weight_mu, weight_sigma, "identity").draw(of_outputs.unsqueeze(1) * of_inputs)
+    b = None if bias_mu is None else Posterior(bias_mu, bias_sigma, "identity").draw(of_outputs)
     return F.linear(x, *(None if t is None else t.to(weight_mu.dtype).to(x.dtype) for t in (w, b)))
 
 
 def _estimated_linear(x, pairs, key, scale, kl, samples, estimator):
     """The layer by the estimators "local" and "flipout" (csrc/cpu/estimators.h), of pairs (mu, rho, prior) of the weight and, where
     there is one, the bias."""
-    posteriors = [_Posterior(mu, rho, scale) for mu, rho, _ in pairs]
+    posteriors = [Posterior(mu, rho, scale) for mu, rho, _ in pairs]
     weight, bias = posteriors[0], posteriors[1] if len(pairs) > 1 else None
     dtype, (outputs, inputs) = weight.mu.dtype, weight.mu.shape
     examples = x.shape[0] // samples if x.dim() > 1 else 1
@@ -150,7 +150,7 @@ def kl_normal(mu, rho, *, prior=Normal(0.0, 1.0), scale="softplus", reduction="s
     """See `bnn_fast.functional.kl_normal`."""
     checks.choice("reduction", reduction, checks.REDUCTIONS)
     checks.parameter_pair("", mu, rho, prior)
-    posterior = _Posterior(mu, rho, scale)
+    posterior = Posterior(mu, rho, scale)
     elements = posterior.analytic_kl(prior)
     if reduction == "none":
         return elements.to(mu.dtype)
@@ -181,7 +181,7 @@ def rows_kl(mu, rho, rows, samples, key, *, prior=Normal(0.0, 1.0), scale="softp
     """The KL of these rows [...], each summed over its columns; of "sampled" at what `sample_rows` gives."""
     prior = Normal.unchecked(*(look_up(rows, p) if isinstance(p, Tensor) else p for p in (prior.loc, prior.scale)))
     if kl == "analytic":
-        elements = _Posterior(look_up(rows, mu), look_up(rows, rho), scale).analytic_kl(prior)
+        elements = Posterior(look_up(rows, mu), look_up(rows, rho), scale).analytic_kl(prior)
     else:
         posterior, drawn, eps = _sample_rows(mu, rho, rows, samples, key, scale, stream, look_up)
         elements = posterior.sampled_kl(prior, drawn, eps)
@@ -189,7 +189,7 @@ def rows_kl(mu, rho, rows, samples, key, *, prior=Normal(0.0, 1.0), scale="softp
 
 
 def _sample_rows(mu, rho, rows, samples, key, scale, stream, look_up):
-    posterior = _Posterior(look_up(rows, mu), look_up(rows, rho), scale)
+    posterior = Posterior(look_up(rows, mu), look_up(rows, rho), scale)
     eps = standard_normal_of(key, samples, rows, mu.shape[1], stream=stream, dtype=posterior.mu.dtype)
     return posterior, posterior.draw(eps), eps
 
@@ -208,7 +208,7 @@ def _draw(mu, rho, key, prior, scale, kl, samples, stream, row_offset, column_of
 
 def _sample(mu, rho, key, scale, samples, stream, row_offset, column_offset):
     """The posterior, and its draws and their noise, both [samples, *mu.shape] in the type computed in."""
-    posterior = _Posterior(mu, rho, scale)
+    posterior = Posterior(mu, rho, scale)
     rows, columns = (mu.shape[0], math.prod(mu.shape[1:])) if mu.dim() > 1 else (1, mu.numel())
     eps = standard_normal(key, samples, rows, columns, stream=stream, row_offset=row_offset,
                           column_offset=column_offset, dtype=posterior.mu.dtype)
@@ -216,7 +216,7 @@ def _sample(mu, rho, key, scale, samples, stream, row_offset, column_offset):
     return posterior, posterior.draw(eps), eps
 
 
-class _Posterior:
+class Posterior:
     """N(mu, sigma(rho)^2) in the type it is computed in: float32 for the 16-bit types, rounded at the end.
 
     A pruned weight (rho = -inf) has sigma 0, and neither mu nor rho has a gradient from it.

@@ -17,7 +17,8 @@ module_db = pytest.importorskip("torch.testing._internal.common_modules", reason
                                 exc_type=ImportError).module_db
 
 COUNTERPARTS = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "Bilinear", "Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d",
-                "ConvTranspose2d", "ConvTranspose3d", "GroupNorm", "LayerNorm"]
+                "ConvTranspose2d", "ConvTranspose3d", "Embedding", "GRU", "GRUCell", "GroupNorm", "LSTM", "LSTMCell", "LayerNorm",
+                "MultiheadAttention", "RNN", "RNNCell"]
 CLASSES = {name: cls for name, cls in sorted(vars(nn).items()) if isinstance(cls, type) and issubclass(cls, nn.Module)}
 KNOWN = {info.module_cls: info for info in module_db if info.module_cls in CLASSES.values()}
 x = torch.linspace(-1.0, 1.0, 24)
@@ -69,8 +70,10 @@ def test_counterparts_at_their_means(name, dtype, training):
         module = getattr(nn, name)(*made.args, **{**made.kwargs, "dtype": dtype}).train(training)
         layer = getattr(bf, f"Variational{name}")(*made.args, **{**made.kwargs, "dtype": dtype}).train(training)
         with torch.no_grad():
-            for parameter, p in module.named_parameters():
-                getattr(layer, f"{parameter}_mu").copy_(p)
+            theirs = dict(layer._named(module) if hasattr(layer, "_named") else module._parameters)
+            for pair in layer.pairs():
+                pair.mu.copy_(theirs.pop(pair.name))
+            assert all(p is None for p in theirs.values())
         with bf.sampling(layer, mean=True):
             same(outputs_of(layer, *given.args, **given.kwargs), outputs_of(module, *given.args, **given.kwargs))
         count += 1
