@@ -33,8 +33,9 @@ def mc_forward(model: nn.Module, x, n_samples: int, seed: int | None = None, *,
         numbers and strings are handed over as they are.
     vectorized: True makes all draws in one call of `model`, on x repeated along dimension 0, which has to be the batch in every
         module of it; ValueError if the output has another size there. Of an nn.Sequential what comes before the first
-        variational layer runs once for all draws. False makes one call a draw, on x itself, for models whose dimension 0 is
-        something else (time, the nodes of a graph): the output may then have any shape. "vmap" is the same by torch.vmap over
+        variational layer runs once for all draws, and a VariationalLinear that comes first reads what they share where it is, expanded
+        to [n_samples, B, ...]. False makes one call a draw, on x itself, for models whose dimension 0 is something else (time, the
+        nodes of a graph): the output may then have any shape. "vmap" is the same by torch.vmap over
         the draws, where only what depends on them is repeated, if torch can map all that the model runs (not torch's LSTM,
         nor what looks at values), else call by call; on a GPU many small calls become few.
     output: a function that chooses or makes the output from what the model gives, which may be a dictionary, tuple or dataclass.

@@ -61,8 +61,8 @@ def test_a_mixture_has_the_score_of_its_definition(name, n_samples):
 def test_a_gaussian_whose_scale_the_model_gives():
     found = bf.predict(Answers(2), X, bf.HeteroscedasticGaussian(), n_samples=5, seed=1)
     mean, log_variance = found._outputs.chunk(2, -1)
-    expected = [integral([scipy.stats.norm(m, math.exp(0.5 * v)) for m, v in zip(mean[:, row, 0].tolist(), log_variance[:, row, 0].tolist())],
-                         Y[row].item()) for row in range(3)]
+    parts = zip(mean[:, :, 0].T.tolist(), (0.5 * log_variance[:, :, 0]).exp().T.tolist())
+    expected = [integral([scipy.stats.norm(m, scale) for m, scale in zip(*part)], y) for part, y in zip(parts, Y.flatten().tolist())]
     assert found.crps(Y).item() == pytest.approx(sum(expected) / 3, rel=1e-7)
 
 
