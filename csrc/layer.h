@@ -4,11 +4,13 @@
 //   small, fused         (few weights, small batch) products by the device's own kernels, which the fused ones draw tile by tile
 //                        and never write
 //   drawn (large batch)  one pass draws the weights with their KL, the vendor's GEMM multiplies; backward, the same pass and
-//                        GEMM give dx, another GEMM dW, and one pass turns dW into dmu and drho
+//                        GEMM give dx, another GEMM dW, and one pass turns dW into dmu and drho, where the device can and there
+//                        is one sample with the noise that the first of these passes left
 //
 // A Device brings what differs (cpu/variational_linear.cpp, cuda/bind_variational_linear.cpp):
 //   Device(a)                                                 for the length of one operator's call
-//   void sample(posterior, divergence, samples, weight, type)   draws weights, none if weight is null; adds to the KL
+//   void sample(posterior, divergence, samples, weight, type, noise)   draws weights, none if weight is null; adds to the KL
+//   static constexpr bool kKeepsNoise                           whether it knows `noise`, that of SampleForward, or it has to be null
 //   void sample_backward(problem)
 //   Tensor empty(like, shape, dtype)                            fresh memory for something as large as the weights
 //   static Regime choose(posterior, x's dtype, samples, batch)  the choice among the regimes
@@ -188,24 +190,28 @@ void drawn_backward(Device& device, const LinearArguments& a, const Tensor& x, c
   int64_t all = a.samples * batch;
   DrawnInput inputs(a, x, batch);
   Tensor outputs = reshaped(dense_detached(grad_y), {all, p.rows});
-  auto put_together = [&](const Posterior& part, const Tensor& grad_weight, int64_t offset) {
-    device.sample_backward(SampleBackward{part, static_cast<int>(a.divergence), a.samples, grad_weight.const_data_ptr(), type,
-                                          grad_kl, static_cast<char*>(grads.weight_mu.mutable_data_ptr()) + offset,
-                                          static_cast<char*>(grads.weight_rho.mutable_data_ptr()) + offset});
+  auto put_together = [&](const Posterior& part, const Tensor& grad_weight, int64_t offset, const void* noise = nullptr) {
+    SampleBackward problem{part, static_cast<int>(a.divergence), a.samples, grad_weight.const_data_ptr(), type, grad_kl,
+                           static_cast<char*>(grads.weight_mu.mutable_data_ptr()) + offset,
+                           static_cast<char*>(grads.weight_rho.mutable_data_ptr()) + offset};
+    problem.noise = noise;
+    device.sample_backward(problem);
   };
   auto sum_to_bias = [&](int64_t batch_dimension) {
     Tensor sums = torch::stable::sum(outputs, Shape{batch_dimension});
     bias_backward(device, a, sums.const_data_ptr(), type, grad_kl, grads);
   };
   if (a.samples == 1) {
-    // The weights, then their gradient, can stand where the gradient of rho will be.
+    // The weights, then their gradient, can stand where the gradient of rho will be, and their noise where that of mu will.
     Tensor weight = type == p.type ? grads.weight_rho : device.empty(x, {p.rows, p.columns}, x.scalar_type());
+    bool exact = type == p.type && compute_type(x.scalar_type()) == x.scalar_type();
+    void* noise = Device::kKeepsNoise && need_x && exact ? grads.weight_mu.mutable_data_ptr() : nullptr;
     if (need_x) {
-      device.sample(p, kNone, 1, weight.mutable_data_ptr(), type);
+      device.sample(p, kNone, 1, weight.mutable_data_ptr(), type, noise);
       grads.x = reshaped(aten("aten::mm", "", outputs, weight), shape_of(x));
     }
     aten("aten::mm", "out", torch::stable::transpose(outputs, 0, 1), inputs.of_all, weight);
-    put_together(p, weight, 0);
+    put_together(p, weight, 0, noise);
     return sum_to_bias(0);
   }
   outputs = reshaped(outputs, {a.samples, batch, p.rows});

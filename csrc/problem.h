@@ -86,6 +86,7 @@ struct SampleForward {
   Type weight_type;
   double* kl;         // [tasks]: each task's part of the sum over elements and samples; null without a divergence
   int estimator = kWeight;  // weight holds w = mu + sigma eps, or of local sigma^2 [rows, columns], or of flipout sigma eps
+  void* noise = nullptr;    // eps beside w, [samples, rows, columns] of weight_type, that which is computed in; or null. On the CPU alone
 };
 
 struct KlElements {
@@ -105,6 +106,7 @@ struct SampleBackward {
   int estimator = kWeight;
   const void* grad_second = nullptr;  // beside grad_weight, which is then that of mu [rows, columns] (estimators.h), alike in type:
                                       // of local [rows, columns], of flipout [samples, rows, columns]
+  const void* noise = nullptr;  // eps as SampleForward left it, may be where grad_mu will; null: drawn again
 };
 
 // Activations from the caller's layout to the kernels': [vectors][batch][lanes], where vector v holds the columns

@@ -7,7 +7,7 @@
 //
 //   dmu = M + k dKL/dmu                   drho = sigma' (sigma D  or of flipout  sum_s eps_s D_s) + k dKL/drho
 //
-// The noise is drawn again; nothing is kept from the forward.
+// The noise is drawn again, unless an earlier pass of the backward has left it; nothing is kept from the forward.
 #pragma once
 
 #include "sample.h"
@@ -76,6 +76,15 @@ template <class F> struct GradientSpan {
       store<F>(eps + i, e);
       if (weight) store<F>(weight + i, fma_lane(load<F>(sigma.data + i), e, load<F>(mu + i)));
     });
+  }
+
+  // The same of noise that was drawn before.
+  void take(const Span& span, const S* kept, const DrawSpan<F>& to) const {
+    for (int i = 0; i < span.width; i += W) {
+      F e = load<F>(kept + i);
+      store<F>(to.eps + i, e);
+      if (to.weight) store<F>(to.weight + i, fma_lane(load<F>(sigma.data + i), e, load<F>(mu + i)));
+    }
   }
 
   // Of several draws: adds to by_mu = sum_s dW_s and by_sigma = sum_s dW_s eps_s.
@@ -189,7 +198,11 @@ template <class F> inline void sample_backward(const SampleBackward& problem, in
           draw.grad_weight = load_span<F>(static_cast<const char*>(problem.grad_weight) + s * stride, problem.weight_type,
                                           p.columns, span, 0, scratch);
         if (!gradient.through_weights(draw)) break;
-        gradient.draw(span, s, draw);
+        if (problem.noise)
+          gradient.take(span, load_span<F>(static_cast<const char*>(problem.noise) + s * stride, problem.weight_type, p.columns, span,
+                                           0, second_scratch), draw);
+        else
+          gradient.draw(span, s, draw);
         gradient.accumulate(span, s, draw);
       }
       gradient.finish(span, draw, problem.grad_mu, problem.grad_rho);

@@ -37,10 +37,10 @@ inline double sum_of(const std::vector<double>& parts) {
 // Draws weights (none if weight is null; problem.h says what other estimators write) and returns the sum of their KL, the mean over
 // samples if it is sampled.
 inline double sample(const Posterior& p, int64_t divergence, int64_t samples, void* weight, Type weight_type,
-                     int estimator = kWeight) {
+                     int estimator = kWeight, void* noise = nullptr) {
   std::vector<double> kl(divergence == kNone ? 0 : Tasks(p).count);
   run_spans(cpu_kernels().sample_forward, SampleForward{p, static_cast<int>(divergence), samples, weight, weight_type,
-                                                        kl.empty() ? nullptr : kl.data(), estimator});
+                                                        kl.empty() ? nullptr : kl.data(), estimator, noise});
   return sum_of(kl) / (divergence == kSampled ? static_cast<double>(samples) : 1.0);
 }
 

@@ -39,14 +39,16 @@ inline void sigma_span(const Posterior& p, int divergence, const ScalarOf<F>* mu
   });
 }
 
-// One draw of a span's weights, or of sigma eps alone, and the sampled KL of its elements where it is asked for.
-template <class F, bool alone = false>
+// One draw of a span's weights, or of sigma eps alone, and the sampled KL of its elements where it is asked for; the noise too if
+// `kept` says so.
+template <class F, bool alone = false, bool kept = false>
 inline void draw_span(const SpanNoise& noise, const Span& span, int64_t sample, int divergence, const ScalarOf<F>* mu,
                       const ScalarOf<F>* rho, const ScalarOf<F>* sigma, const ScalarOf<F>* log_sigma, PriorSpan<F>& prior,
-                      ScalarOf<F>* weight, Sum<F>& kl) {
+                      ScalarOf<F>* weight, Sum<F>& kl, ScalarOf<F>* to = nullptr) {
   noise.draw<F>(span, sample, [&](int i, F eps) __attribute__((always_inline)) {
     F w = fma_lane(load<F>(sigma + i), eps, load<F>(mu + i));
     store<F>(weight + i, alone ? load<F>(sigma + i) * eps : w);
+    if constexpr (kept) store<F>(to + i, eps);
     if (divergence == kSampled) {
       F element = kl_sampled(w, eps, load<F>(log_sigma + i), prior.at(i));
       kl.add(select(is_pruned(load<F>(rho + i)), splat<F>(0), element));
@@ -79,7 +81,7 @@ template <class F> inline void sample_forward(const SampleForward& problem, int6
   PriorSpan<F> prior(p.prior);
   SpanNoise noise(p);
   int64_t stride = p.rows * p.columns * size_of(problem.weight_type);
-  Tile<F> mu_scratch, rho_scratch, sigma, log_sigma, weight_scratch;
+  Tile<F> mu_scratch, rho_scratch, sigma, log_sigma, weight_scratch, eps_scratch;
   for (int64_t t = task_begin; t < task_end; ++t) {
     Sum<F> kl;
     for_spans<F>(p, t, [&](const Span& span) {
@@ -106,7 +108,11 @@ template <class F> inline void sample_forward(const SampleForward& problem, int6
         }
         SpanOutput<F> weight(static_cast<char*>(problem.weight) + s * stride, problem.weight_type, p.columns, span,
                              weight_scratch);
-        if (problem.estimator == kFlipout)
+        if (problem.noise) {
+          SpanOutput<F> eps(static_cast<char*>(problem.noise) + s * stride, problem.weight_type, p.columns, span, eps_scratch);
+          draw_span<F, false, true>(noise, span, s, problem.divergence, mu, rho, sigma, log_sigma, prior, weight.target, kl, eps.target);
+          eps.finish();
+        } else if (problem.estimator == kFlipout)
           draw_span<F, true>(noise, span, s, problem.divergence, mu, rho, sigma, log_sigma, prior, weight.target, kl);
         else
           draw_span<F>(noise, span, s, problem.divergence, mu, rho, sigma, log_sigma, prior, weight.target, kl);

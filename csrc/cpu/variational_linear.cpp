@@ -27,8 +27,10 @@ class Cpu {
 
   explicit Cpu(const LinearArguments& a) : like(a.weight.mu) {}
 
-  void sample(const Posterior& p, int64_t divergence, int64_t samples, void* weight, Type type) {
-    sum += bnn_fast::sample(p, divergence, samples, weight, type);
+  static constexpr bool kKeepsNoise = true;
+
+  void sample(const Posterior& p, int64_t divergence, int64_t samples, void* weight, Type type, void* noise = nullptr) {
+    sum += bnn_fast::sample(p, divergence, samples, weight, type, kWeight, noise);
   }
 
   void sample_backward(const SampleBackward& problem) { run_spans(cpu_kernels().sample_backward, problem); }
@@ -40,14 +42,14 @@ class Cpu {
   // above; but with many samples of one row each, 2 of the fused regime's backward, and the two are level at 8 rows.
   //
   // Fused saves writing and reading the weights, but its products run at a part of the GEMM's rate: it pays while there are few
-  // rows for each weight, and few are fewer where the weights stay in the cache anyway. Measured on two cores with AVX-512,
-  // forward and backward: fused over drawn is 0.7 to 0.9 up to batch 128 from 256 x 256 weights on, with the crossing near
-  // 256; below, it crosses 1 between 32 and 64.
+  // rows for each weight, and few are fewer where the weights stay in the cache anyway. Measured on one thread with AVX-512 (AVX2), a
+  // step with the KL: drawn over fused is, from 256 x 256 to 1024 x 1024 weights, 0.80 to 1.05 (0.70 to 1.09) at batch 32, 0.78 to 0.98
+  // (0.66 to 1.0) at 64, 0.79 to 0.96 (0.60 to 0.96) at 128; of 64 inputs and 256 outputs it crosses 1 between 32 and 64.
   static Regime choose(const Posterior& weight, ScalarType activations, int64_t samples, int64_t batch) {
     bool single = weight.type == Type::kFloat32 && activations == ScalarType::Float;
     bool narrow = weight.rows <= kNarrow && weight.columns <= kNarrow && (samples == 1 || batch >= 8);
     if (single && narrow && cpu_kernels().narrow_forward) return Regime::kSmall;
-    return batch <= (weight.rows * weight.columns >= 1 << 15 ? 128 : 32) ? Regime::kFused : Regime::kDrawn;
+    return batch <= (weight.rows * weight.columns >= 1 << 15 ? 48 : 32) ? Regime::kFused : Regime::kDrawn;
   }
 
   Tensor fused_forward(const LinearArguments& a, const Tensor& x, int64_t batch) {

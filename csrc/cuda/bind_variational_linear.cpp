@@ -14,7 +14,9 @@ class Cuda {
   explicit Cuda(const LinearArguments& a)
       : device(a.weight.mu), a(a), value(empty_of(a.weight.mu, {}, compute_type(a.weight.mu.scalar_type()))) {}
 
-  void sample(const Posterior& p, int64_t divergence, int64_t samples, void* weight, Type type) {
+  static constexpr bool kKeepsNoise = false;
+
+  void sample(const Posterior& p, int64_t divergence, int64_t samples, void* weight, Type type, void* = nullptr) {
     SampleForward problem{p, static_cast<int>(divergence), samples, weight, type, nullptr};
     if (divergence != kNone) problem.kl = parts_for(problem);
     check_cuda(bnn_fast_cuda_sample_forward(&problem, device.stream()), "_variational_linear");
