@@ -44,12 +44,14 @@ class Cpu {
   // Fused saves writing and reading the weights, but its products run at a part of the GEMM's rate: it pays while there are few
   // rows for each weight, and few are fewer where the weights stay in the cache anyway. Measured on one thread with AVX-512 (AVX2), a
   // step with the KL: drawn over fused is, from 256 x 256 to 1024 x 1024 weights, 0.80 to 1.05 (0.70 to 1.09) at batch 32, 0.78 to 0.98
-  // (0.66 to 1.0) at 64, 0.79 to 0.96 (0.60 to 0.96) at 128; of 64 inputs and 256 outputs it crosses 1 between 32 and 64.
+  // (0.66 to 1.0) at 64, 0.79 to 0.96 (0.60 to 0.96) at 128; of 64 inputs and 256 outputs it crosses 1 between 32 and 64. With ten
+  // samples, on two threads, whole steps of 64-256-256-10 at 64 and 784-400-400-10 at 128 took 1.2 and 1.03 of the fused regime's.
   static Regime choose(const Posterior& weight, ScalarType activations, int64_t samples, int64_t batch) {
     bool single = weight.type == Type::kFloat32 && activations == ScalarType::Float;
     bool narrow = weight.rows <= kNarrow && weight.columns <= kNarrow && (samples == 1 || batch >= 8);
     if (single && narrow && cpu_kernels().narrow_forward) return Regime::kSmall;
-    return batch <= (weight.rows * weight.columns >= 1 << 15 ? 48 : 32) ? Regime::kFused : Regime::kDrawn;
+    int64_t most = weight.rows * weight.columns < 1 << 15 ? 32 : samples == 1 ? 48 : 128;
+    return batch <= most ? Regime::kFused : Regime::kDrawn;
   }
 
   Tensor fused_forward(const LinearArguments& a, const Tensor& x, int64_t batch) {
