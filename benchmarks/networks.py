@@ -24,7 +24,7 @@ STEPS = [(SMALL, 32), (NETWORK, 128), (NETWORK, POINTS), (MIDDLE, 64), (LARGE, 1
 SEVERAL = [(SMALL, 32), (MIDDLE, 64), (LARGE, 128)]
 DRAWS = (10, 32)
 PREDICTIONS = [(NETWORK, POINTS, 1000), (NETWORK, 100, 1000), (MIDDLE, 450, 100), (LARGE, 1000, 100), (LARGE, 1, 100)]
-PREDICTED = ("nn.Linear", "bnn_fast", "bnn_fast Sequential", "plain PyTorch")    # loops of all would take an hour
+PREDICTED = ("nn.Linear", "bnn_fast", "plain PyTorch")    # loops of all would take an hour
 ONE = "1 draw"
 N_DATA = 50000
 
@@ -86,17 +86,7 @@ def name_of(sizes: Sizes, batch: int) -> str:
     return f"{'-'.join(map(str, sizes))}, batch {batch}"
 
 
-def with_chains(run: Run) -> Run:
-    """Ours in bf.Sequential too, in versions that have it."""
-    ours = run.providers.get("bnn_fast")
-    if ours is None or not hasattr(bf, "Sequential"):
-        return run
-    chained = ours._replace(wrap=lambda model: bf.Sequential(*model))
-    return run._replace(providers={**run.providers, "bnn_fast Sequential": chained})
-
-
 def measure(run: Run, steps=STEPS, more=SEVERAL, draws=DRAWS, predictions=PREDICTIONS) -> dict[str, dict]:
-    run = with_chains(run)
     providers = run.providers.items()
     found = {name_of(sizes, batch): compare({name: partial(step, p, sizes, batch, run.device) for name, p in providers}, run)
              for sizes, batch in steps}
