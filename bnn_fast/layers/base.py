@@ -55,6 +55,12 @@ class VariationalLayer(Posterior):
             for value in tree_leaves((inputs, keywords)):
                 checks.repeated("inputs", value, n_samples)
 
+    def shares(self, x: Tensor) -> bool:
+        """Whether under n_samples > 1 the layer takes x [S, B, ...] beside [S * B, ...], gives [S, B, ...] for it, and copies nothing that
+        the draws share (x.expand(S, ...)).
+        """
+        return False
+
     def compute(self, weights: dict[str, Tensor], *inputs, **keywords):
         """What the layer gives for its inputs with these weights: by name, of the parameters' shapes and dtype; the means within
         `sampling(mean=True)`. Left out posteriors are not among them.

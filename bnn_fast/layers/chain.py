@@ -13,6 +13,7 @@ from torch.nn.modules import module as torch_module
 from .. import checks
 from ..operators import arguments as packing
 from ..operators import autograd, functional, raw
+from .base import VariationalLayer
 from .modes import top_hooks
 from .ordinary import LONGEST, WIDEST, WIDEST_TRAINED, in_chains, ordinary
 from .variational_linear import VariationalLinear
@@ -83,7 +84,7 @@ def run(modules: Iterable[nn.Module], x, draws: int = 1):
 
 
 def _on_shared(module: nn.Module, x: Tensor, draws: int):
-    """What the module gives on x [B, ...] repeated for so many draws; a linear layer reads the x that they share where it is."""
+    """What the module gives on x [B, ...] repeated for so many draws; linear layers and convolutions read the x that they share where it is."""
     if not takes_shared(module, x):
         return module(x.repeat(draws, *(1,) * (x.dim() - 1)))
     x = functional.autocast(x)
@@ -91,11 +92,10 @@ def _on_shared(module: nn.Module, x: Tensor, draws: int):
 
 
 def takes_shared(module: nn.Module, x) -> bool:
-    """Whether the module gives the same on x [S, B, ...] as on its rows [S * B, ...], and copies none that the samples share. Other
-    estimators count their noise by the number of the row; hooks see what they are used to.
+    """Whether the module gives on x [S, B, ...] what it gives on its rows [S * B, ...], and copies none that the draws share. Hooks see what
+    they are used to.
     """
-    return (isinstance(module, VariationalLinear) and type(module).forward is VariationalLinear.forward and is_plain(module)
-            and module.estimator == "weight" and isinstance(x, Tensor) and x.dim() >= 2 and x.shape[-1] == module.in_features)
+    return isinstance(module, VariationalLayer) and isinstance(x, Tensor) and is_plain(module) and module.shares(x)
 
 
 def modules_of(part: nn.Module | list[Step]) -> list[nn.Module]:

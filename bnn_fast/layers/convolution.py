@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -34,19 +35,28 @@ class _Convolution(Counterpart, EstimatedConvolution):
 
     def check(self, n_samples: int, input: Tensor, output_size=None) -> None:
         space, channels = self.dimensions, self.in_channels
-        if not isinstance(input, Tensor) or input.dim() not in (space + 1, space + 2) or input.shape[-space - 1] != channels:
+        apart = n_samples > 1 and isinstance(input, Tensor) and input.dim() == space + 3 and input.shape[0] == n_samples
+        dimensions = (space + 3,) if apart else (space + 1, space + 2)
+        if not isinstance(input, Tensor) or input.dim() not in dimensions or input.shape[-space - 1] != channels:
             error = ValueError if isinstance(input, Tensor) else TypeError
             places = ("L", "H, W", "D, H, W")[space - 1]
             raise error(f"input: expected a tensor [B, {channels}, {places}] or [{channels}, {places}] (in_channels={channels}), "
                         f"given {checks.describe(input)}")
         self._check("input", input)
-        if n_samples > 1:
+        if n_samples > 1 and not apart:
             checks.repeated("input", input, n_samples, space + 1)
+
+    def shares(self, x: Tensor) -> bool:
+        return (type(self).forward in (_Conv.forward, _ConvTranspose.forward) and self.estimator == "weight"
+                and x.dim() == self.dimensions + 2)
 
     def compute(self, weights: dict[str, Tensor], input: Tensor, output_size=None) -> Tensor:
         return self._convolve(input, *in_dtype(weights, input), self.groups, output_size)
 
     def compute_samples(self, weights: dict[str, Tensor], n_samples: int, input: Tensor, output_size=None) -> Tensor:
+        if input.dim() == self.dimensions + 3:  # each draw's apart, or the same for all: see `shares`
+            return torch.stack([self.compute({name: w[s] for name, w in weights.items()}, input[s], output_size)
+                                for s in range(n_samples)])
         if input.numel() > n_samples * _TOGETHER:
             return super().compute_samples(weights, n_samples, input, output_size)
         weight, bias = (None if w is None else w.flatten(0, 1) for w in in_dtype(weights, input))

@@ -93,6 +93,11 @@ class VariationalLinear(Estimating):
         first_row = self._first_row(mode, x, recomputed)
         return key if first_row is None else torch.cat([key, torch.full_like(key[:1], first_row)])
 
+    def shares(self, x: Tensor) -> bool:
+        """Other estimators count their noise by the number of the row."""
+        return (type(self).forward is VariationalLinear.forward and self.estimator == "weight" and x.dim() >= 2
+                and x.shape[-1] == self.in_features)
+
     def tensors(self) -> tuple:
         parameters = self._parameters  # a look-up through nn.Module costs several times as much
         try:

@@ -130,3 +130,22 @@ def test_the_shared_input_of_100_draws_is_not_copied(regime, sizes):
     assert torch.ops.bnn_fast._linear_regime(x, layer.weight_mu, 100) == ["small", "fused", "drawn"].index(regime)
     done = subprocess.run([sys.executable, "-c", MEMORY.format(sizes=sizes)], text=True, capture_output=True, check=True)
     assert 1024 * int(done.stdout) < 0.5 * x.numel() * x.element_size()
+
+
+@pytest.mark.parametrize("kind, size", [(bf.VariationalConv1d, (8,)), (bf.VariationalConv2d, (5, 6)), (bf.VariationalConvTranspose2d, (4, 3))])
+def test_a_convolution_that_comes_first_reads_it_too(kind, size, monkeypatch):
+    given, compute = [], kind.compute
+    monkeypatch.setattr(kind, "compute", lambda self, w, x, *rest: given.append(x.data_ptr()) or compute(self, w, x, *rest))
+    model = nn.Sequential(kind(2, 3, 3), nn.ReLU(inplace=True), nn.Flatten()).double()
+    x = torch.randn(7, 2, *size, dtype=torch.float64, requires_grad=True)
+    y = bf.mc_forward(model, x, 5, seed=2)
+    assert given == [x.data_ptr()] * 5
+    expected = bf.mc_forward(model, x, 5, seed=2, vectorized=False)
+    torch.testing.assert_close(y, expected)
+    inputs = [x, *model.parameters()]
+    torch.testing.assert_close(torch.autograd.grad(y.square().sum(), inputs), torch.autograd.grad(expected.square().sum(), inputs))
+    given.clear()
+    bf.predict(model, x.detach(), n_samples=5, seed=3)
+    assert set(given[:5]) == {x.data_ptr()}
+    with pytest.raises(ValueError, match="input: expected a tensor"), bf.sampling(model, 5):
+        model[0](x.detach().expand(4, *x.shape))
