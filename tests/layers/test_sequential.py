@@ -66,9 +66,12 @@ def test_whatever_layers_may_have(given):
     assert torch.equal(results[0][1], results[1][1])
 
 
-def test_a_kl_is_handed_over_only_whole():
+@pytest.mark.parametrize("prior_tensors", [False, True])  # which are none of what the nodes' one step does
+def test_a_kl_is_handed_over_only_whole(prior_tensors):
     fused, plain = twins()
     x = torch.randn(4, 3)
+    for model in (fused, plain) if prior_tensors else ():
+        model[0].prior = bf.Normal(torch.ones(8, 3), 2.0)
     torch.manual_seed(0), fused(x)
     part = bf.kl_divergence(fused[0])
     assert torch.equal(part, bf.kl_divergence(plain[0]))
