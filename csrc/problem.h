@@ -162,17 +162,18 @@ struct EstimatedBackward {
   Posterior weight;
   int divergence, estimator;
   int64_t samples, batch;   // as above
-  Type type;                // of all activations here, that which is computed in
-  const void* x;            // [activations' rows, columns]
-  const void* second;       // [activations' rows, columns]
-  const void* factor;       // [activations' rows, columns]
-  const void* grad;         // [activations' rows, rows]
+  const void* x;            // packed, as are second and factor
+  const void* second;
+  const void* factor;
+  const void* grad;         // [activations' rows, rows] in the type computed in
   const void* grad_second;  // [activations' rows, rows]
-  void* grad_x;             // [activations' rows, columns] or null
+  void* grad_x;             // each task's part of it, packed, or null
   KlGradient grad_kl;
   void* grad_mu;
   void* grad_rho;
   int64_t activations() const { return estimator == kLocal ? batch : samples * batch; }
+  // Outputs: at most 16 tasks, as the parts of grad_x are summed, and a cache line of gradients at least.
+  static int64_t rows_per_task(int64_t rows) { return rows < 256 ? 16 : (rows + 255) / 256 * 16; }
 };
 
 // The outputs of "local", y = m + sqrt(v) eps, and kept = eps / sqrt(v), 0 where v is.

@@ -186,19 +186,40 @@ class Estimated {
       signs_.copy<T>(nullptr, data<T>(factor), p_.columns * per_example(), kInputSigns);
     }
     if (fused()) {
-      if (need_x) grad_x = empty({rows_, p_.columns});
-      EstimatedBackward problem{p_, static_cast<int>(a_.divergence), estimator_, a_.samples, kernel_batch(), type(), input.const_data_ptr(),
-                                z.const_data_ptr(), factor.const_data_ptr(), g.const_data_ptr(), h.const_data_ptr(),
-                                need_x ? grad_x.mutable_data_ptr() : nullptr, grad_kl, grads.weight_mu.mutable_data_ptr(),
+      Tensor packed = pack_input(input, p_, rows_), packed_second = pack_input(z, p_, rows_);
+      Tensor packed_factor = need_x && !local() ? pack_input(factor, p_, rows_) : packed;
+      int64_t per_task = EstimatedBackward::rows_per_task(p_.rows), tasks = (p_.rows + per_task - 1) / per_task;
+      Tensor parts = empty({need_x ? tasks : 0, packed.numel()});
+      EstimatedBackward problem{p_, static_cast<int>(a_.divergence), estimator_, a_.samples, kernel_batch(), packed.const_data_ptr(),
+                                packed_second.const_data_ptr(), packed_factor.const_data_ptr(), g.const_data_ptr(), h.const_data_ptr(),
+                                need_x ? parts.mutable_data_ptr() : nullptr, grad_kl, grads.weight_mu.mutable_data_ptr(),
                                 grads.weight_rho.mutable_data_ptr()};
-      int64_t block = column_block(p_.columns), tasks = (p_.columns + block - 1) / block;
-      run(cpu_kernels().estimated_backward, problem, tasks, block * p_.rows);
+      run(cpu_kernels().estimated_backward, problem, tasks, per_task * p_.columns);
+      if (need_x) grad_x = summed<T>(parts, packed.size(2));
     } else {
       grad_x = multiplied_back<T>(input, z, factor, g, h, grad_kl, need_x, grads);
     }
     if (need_x)
       grads.x = reshaped(grad_x.scalar_type() == x_.scalar_type() ? grad_x : torch::stable::to(grad_x, x_.scalar_type()), shape_of(x_));
     if (a_.bias) bias_backward<T>(data<T>(g), data<T>(h), grad_kl, grads);
+  }
+
+  // The sum of packed parts, unpacked.
+  template <class T> Tensor summed(const Tensor& parts, int64_t lanes) const {
+    Tensor sum = empty({rows_, p_.columns});
+    int64_t size = parts.size(1);
+    for_each((p_.columns + lanes - 1) / lanes, 1 + (1 << 15) / (rows_ * lanes * parts.size(0) + 1), [&](int64_t begin, int64_t end) {
+      for (int64_t v = begin; v < end; ++v)
+        for (int64_t b = 0; b < rows_; ++b) {
+          T* to = data<T>(sum) + b * p_.columns + v * lanes;
+          int64_t count = std::min(lanes, p_.columns - v * lanes);
+          const T* from = data<T>(parts) + (v * rows_ + b) * lanes;
+          std::fill(to, to + count, T(0));
+          for (int64_t t = 0; t < parts.size(0); ++t, from += size)
+            for (int64_t i = 0; i < count; ++i) to[i] += from[i];
+        }
+    });
+    return sum;
   }
 
   // The backward by GEMMs. q, and then D, stand where the gradient of rho will be, M where that of mu will, if the types agree.

@@ -13,7 +13,7 @@
 //              dx = g mu + f (h q)            local: f = x                       flipout: f = s
 //              dmu = M,  dsigma =             local: sigma D                     flipout: eps D
 //
-// where h = 0 if v = 0. Tasks and the order of sums are those of linear.h.
+// where h = 0 if v = 0. Activations are packed as in linear.h.
 #pragma once
 
 #include "linear.h"
@@ -123,7 +123,11 @@ template <class F> inline void estimated_forward(const EstimatedForward& problem
   }
 }
 
-// What a task of the backward has of the activations: x, z, f and dx for its columns, packed.
+// A task of the backward owns a block of outputs and has a part of dx: it walks memory in order, which a block of inputs would not.
+// Columns are taken as many at a time as have their activations in the L1 cache.
+constexpr int64_t kColumnsInCache = 2048;  // of one activations' row
+
+// What the backward has of the activations: x, z, f and a part of dx from a column on, packed.
 template <class S> struct Activations {
   const S *x, *z, *f;
   S* grad_x;  // or null
@@ -199,13 +203,16 @@ inline void estimated_backward_rows(const EstimatedBackward& problem, int64_t ro
     gradient[r].move_to(spans[r]);
     mu[r] = gradient[r].mu;
     prefetch_span(p, spans[r], R);
-    if (!local) gradient[r].start(spans[r], draws[r], nullptr, nullptr);
+    if (local)
+      draws[r].first = by_first + tile, draws[r].second = by_second + tile;
+    else
+      gradient[r].start(spans[r], draws[r]);
     for (int i = 0; i < spans[r].width && local; i += W) store<F>(second + tile + i, variance(load<F>(gradient[r].sigma + i)));
   }
   int vectors = spans[0].width / W;
   if (local) {
     outer_two_tiles<F, R>(mu, second, g, h, at, all, all, vectors, by_first, by_second);
-    for (int r = 0; r < R; ++r) gradient[r].start(spans[r], draws[r], by_first + r * kTile, by_second + r * kTile);
+    for (int r = 0; r < R; ++r) gradient[r].start(spans[r], draws[r]);
   }
   for (int64_t s = 0; s < problem.samples && (!local || gradient[0].divergence == kSampled); ++s) {
     for (int r = 0; r < R; ++r) {
@@ -228,41 +235,35 @@ inline void estimated_backward_rows(const EstimatedBackward& problem, int64_t ro
 template <class F> inline void estimated_backward(const EstimatedBackward& problem, int64_t task_begin, int64_t task_end) {
   using S = ScalarOf<F>;
   const Posterior& p = problem.weight;
-  int64_t padded = padded_columns<F>(p), block = column_block(p.columns), all = problem.activations();
+  int64_t padded = padded_columns<F>(p), all = problem.activations(), size = problem.grad_x ? padded * all : 0;
+  int64_t block = kColumnsInCache / (all * kTile + 1) * kTile, row_count = EstimatedBackward::rows_per_task(p.rows);
+  if (block < kTile) block = kTile;
   auto gradient = [&] { return GradientSpan<F>(p, problem.divergence, problem.samples, problem.grad_kl, problem.estimator); };
   GradientSpan<F> gradients[kRowBlock] = {gradient(), gradient(), gradient(), gradient()};
-  auto x = aligned_array<S>(block * all), z = aligned_array<S>(block * all), f = aligned_array<S>(block * all);
   auto g = aligned_array<S>(kGradientOutputs * all), h = aligned_array<S>(kGradientOutputs * all);
-  auto total = aligned_array<S>(problem.grad_x ? block * all : 0), part = aligned_array<S>(problem.grad_x ? block * all : 0);
-  bool apart = problem.factor != problem.x;
-  Activations<S> at{x.get(), z.get(), apart ? f.get() : x.get(), problem.grad_x ? part.get() : nullptr};
   for (int64_t t = task_begin; t < task_end; ++t) {
-    int64_t begin = t * block, end = begin + block < padded ? begin + block : padded;
-    int64_t size = problem.grad_x ? (end - begin) * all : 0;
-    pack<F>(problem.x, problem.type, all, p.columns, 0, begin, end, x.get());
-    pack<F>(problem.second, problem.type, all, p.columns, 0, begin, end, z.get());
-    if (apart && problem.grad_x) pack<F>(problem.factor, problem.type, all, p.columns, 0, begin, end, f.get());
-    for (int64_t i = 0; i < size; ++i) total[i] = part[i] = 0;
-    for (int64_t row = 0; row < p.rows;) {
-      int64_t first = row, stop = row + kGradientOutputs < p.rows ? row + kGradientOutputs : p.rows;
-      for (int64_t b = 0; b < all; ++b) {
-        size_t bytes = sizeof(S) * static_cast<size_t>(stop - row);
-        memcpy(g.get() + b * kGradientOutputs, static_cast<const S*>(problem.grad) + b * p.rows + row, bytes);
-        memcpy(h.get() + b * kGradientOutputs, static_cast<const S*>(problem.grad_second) + b * p.rows + row, bytes);
+    S* part = static_cast<S*>(problem.grad_x) + t * size;
+    for (int64_t i = 0; i < size; ++i) part[i] = 0;
+    int64_t task_stop = (t + 1) * row_count < p.rows ? (t + 1) * row_count : p.rows;
+    for (int64_t block_begin = 0; block_begin < padded; block_begin += block)
+      for (int64_t row = t * row_count; row < task_stop;) {
+        int64_t first = row, stop = row + kGradientOutputs < task_stop ? row + kGradientOutputs : task_stop;
+        for (int64_t b = 0; b < all; ++b) {
+          size_t bytes = sizeof(S) * static_cast<size_t>(stop - row);
+          memcpy(g.get() + b * kGradientOutputs, static_cast<const S*>(problem.grad) + b * p.rows + row, bytes);
+          memcpy(h.get() + b * kGradientOutputs, static_cast<const S*>(problem.grad_second) + b * p.rows + row, bytes);
+        }
+        auto rows = [&]<int R>() {
+          for (int64_t c = block_begin; c < block_begin + block && c < padded; c += kTile) {
+            auto at = [&](const void* packed) { return static_cast<const S*>(packed) + c * all; };
+            Activations<S> here{at(problem.x), at(problem.second), at(problem.factor), problem.grad_x ? part + c * all : nullptr};
+            estimated_backward_rows<F, R>(problem, row, c, padded, g.get() + (row - first), h.get() + (row - first), here, gradients);
+          }
+          row += R;
+        };
+        while (row + kRowBlock <= stop) rows.template operator()<kRowBlock>();
+        while (row < stop) rows.template operator()<1>();
       }
-      auto rows = [&]<int R>() {
-        estimated_backward_rows<F, R>(problem, row, begin, end, g.get() + (row - first), h.get() + (row - first), at, gradients);
-        row += R;
-      };
-      while (row + kRowBlock <= stop) rows.template operator()<kRowBlock>();
-      while (row < stop) rows.template operator()<1>();
-      if (row % kOutputsPerSum != 0 && row < p.rows) continue;
-      for (int64_t i = 0; i < size; ++i) {
-        total[i] += part[i];
-        part[i] = 0;
-      }
-    }
-    if (problem.grad_x) unpack<F>(total.get(), problem.type, all, p.columns, 0, begin, end, problem.grad_x);
   }
 }
 

@@ -21,6 +21,8 @@ template <class F> struct DrawSpan {
   const ScalarOf<F>* grad_weight;  // null: no gradient came through the weights
   ScalarOf<F>* by_mu;              // sums over more draws than one
   ScalarOf<F>* by_sigma;
+  const ScalarOf<F>* first = nullptr;   // of another estimator, M and D of "local"; null where there are none
+  const ScalarOf<F>* second = nullptr;
 };
 
 // What the backward needs of a span: w = mu + sigma eps drawn again, and the two gradients put together from
@@ -57,14 +59,15 @@ template <class F> struct GradientSpan {
     if (grad_kl.data && grad_kl.elementwise)
       factor = load_span<F>(grad_kl.data, grad_kl.type, p.columns, span, 0, factor_scratch);
     with_scale(p.scale, [&]<int scale>() {
-      for (int i = 0; i < span.width; i += W) {
-        Spread<F> s = spread<scale>(load<F>(rho + i));
-        store<F>(sigma + i, s.sigma);
-        store<F>(d_sigma + i, s.d_sigma);
+      using G = Group<F>;
+      for (int i = 0; i < span.width; i += Lane<G>::width) {
+        Spread<G> s = spread<scale>(load<G>(rho + i));
+        store<G>(sigma + i, s.sigma);
+        store<G>(d_sigma + i, s.d_sigma);
         if (divergence == kAnalytic)
-          store<F>(kl_rho + i, times(load<F>(factor + i), kl_by_rho(s, prior.at(i))));
+          store<G>(kl_rho + i, times(load<G>(factor + i), kl_by_rho(s, prior.template at<G>(i))));
         else if (divergence == kSampled)
-          store<F>(kl_rho + i, times(load<F>(factor + i), sampled_kl_by_rho(s)));
+          store<G>(kl_rho + i, times(load<G>(factor + i), sampled_kl_by_rho(s)));
       }
     });
   }
@@ -97,11 +100,12 @@ template <class F> struct GradientSpan {
     }
   }
 
-  // Of another estimator, by_mu and by_sigma from M and, of "local", D; null where there are none.
-  void start(const Span& span, const DrawSpan<F>& of, const S* by_first, const S* by_second) {
+  // Of another estimator, by_mu and by_sigma before what draws add to them.
+  void start(const Span& span, const DrawSpan<F>& of) {
+    if (without_draws()) return;
     for (int i = 0; i < span.width; i += W) {
-      store<F>(of.by_mu + i, by_first ? load<F>(by_first + i) : splat<F>(0));
-      store<F>(of.by_sigma + i, by_second ? times(load<F>(by_second + i), load<F>(sigma + i)) : splat<F>(0));
+      store<F>(of.by_mu + i, of.first ? load<F>(of.first + i) : splat<F>(0));
+      store<F>(of.by_sigma + i, of.second ? by_second(i, of) : splat<F>(0));
     }
   }
 
@@ -142,6 +146,11 @@ template <class F> struct GradientSpan {
         m = by_weight(i, of);
         r = m * load<F>(of.eps + i);
       });
+    else if (without_draws())
+      write([&](int i, F& m, F& r) __attribute__((always_inline)) {
+        m = load<F>(of.first + i);
+        r = by_second(i, of);
+      });
     else
       write([&](int i, F& m, F& r) __attribute__((always_inline)) {
         m = load<F>(of.by_mu + i);
@@ -156,6 +165,11 @@ template <class F> struct GradientSpan {
  private:
   const S* factor;  // the gradient that reaches the KL
   Tile<F> mu_scratch, rho_scratch, factor_scratch;
+
+  // "local" draws weights for the sampled KL alone.
+  bool without_draws() const { return estimator == kLocal && divergence != kSampled; }
+
+  BNN_FN F by_second(int i, const DrawSpan<F>& of) { return times(load<F>(of.second + i), load<F>(sigma + i)); }
 
   // dW of a draw, with the sampled KL's gradient by w in it.
   BNN_FN F by_weight(int i, const DrawSpan<F>& of) {
@@ -185,8 +199,9 @@ template <class F> inline void sample_backward(const SampleBackward& problem, in
         auto load = [&](const void* data, int64_t s, ScalarOf<F>* to) {
           return load_span<F>(static_cast<const char*>(data) + s * stride, problem.weight_type, p.columns, span, 0, to);
         };
-        gradient.start(span, draw, load(problem.grad_weight, 0, scratch),
-                       local ? load(problem.grad_second, 0, second_scratch) : nullptr);
+        draw.first = load(problem.grad_weight, 0, scratch);
+        if (local) draw.second = load(problem.grad_second, 0, second_scratch);
+        gradient.start(span, draw);
         for (int64_t s = 0; s < problem.samples && (!local || gradient.divergence == kSampled); ++s) {
           gradient.draw(span, s, draw);
           gradient.add_draw(span, draw, local ? nullptr : load(problem.grad_second, s, second_scratch));

@@ -16,7 +16,7 @@ struct CpuKernels {
   void (*linear_forward)(const LinearForward&, int64_t begin, int64_t end);    // tasks: blocks of kRowBlock outputs
   void (*linear_backward)(const LinearBackward&, int64_t begin, int64_t end);  // tasks: blocks of column_block inputs
   void (*estimated_forward)(const EstimatedForward&, int64_t begin, int64_t end);    // as linear_forward
-  void (*estimated_backward)(const EstimatedBackward&, int64_t begin, int64_t end);  // as linear_backward
+  void (*estimated_backward)(const EstimatedBackward&, int64_t begin, int64_t end);  // tasks: rows_per_task outputs
   void (*local_outputs)(const LocalOutputs&, int64_t begin, int64_t end);            // tasks: Tasks(posterior)
   void (*chain_forward)(const ChainForward&, int64_t begin, int64_t end);    // tasks: ChainTasks(kMostRows)
   void (*chain_backward)(const ChainBackward&, int64_t begin, int64_t end);  // tasks: ChainTasks(kMostRows)

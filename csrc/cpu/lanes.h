@@ -165,11 +165,24 @@ BNN_FAST_END
 BNN_FAST_BEGIN
 
 template <class F> BNN_FN F load(const typename Lane<F>::Scalar* p) {
-  F x;
-  memcpy(&x, p, sizeof x);
-  return x;
+  if constexpr (requires(F f) { f.low; }) {  // pair.h
+    using V = decltype(F::low);
+    return {load<V>(p), load<V>(p + Lane<V>::width)};
+  } else {
+    F x;
+    memcpy(&x, p, sizeof x);
+    return x;
+  }
 }
-template <class F> BNN_FN void store(typename Lane<F>::Scalar* p, F x) { memcpy(p, &x, sizeof x); }
+template <class F> BNN_FN void store(typename Lane<F>::Scalar* p, F x) {
+  if constexpr (requires { x.low; }) {
+    using V = decltype(F::low);
+    store<V>(p, x.low);
+    store<V>(p + Lane<V>::width, x.high);
+  } else {
+    memcpy(p, &x, sizeof x);
+  }
+}
 
 // The sum of a vector's lanes, as a tree.
 BNN_FN float sum_lanes(float x) { return x; }

@@ -11,30 +11,31 @@ BNN_FAST_BEGIN
 template <class F>
 inline void sigma_span(const Posterior& p, int divergence, const ScalarOf<F>* mu, const ScalarOf<F>* rho, int width,
                        PriorSpan<F>& prior, ScalarOf<F>* sigma, ScalarOf<F>* log_sigma, Sum<F>& kl) {
-  constexpr int W = Lane<F>::width;
+  using G = Group<F>;
+  constexpr int W = Lane<F>::width, step = Lane<G>::width;
   with_scale(p.scale, [&]<int scale>() {
     if (divergence == kAnalytic) {
       for (int group = 0; group < width; group += 4 * W) {  // four vectors share one logarithm
         F product = splat<F>(1), elements = splat<F>(0);
-        for (int i = group; i < group + 4 * W; i += W) {
-          F r = load<F>(rho + i);
-          Spread<F> s = spread<scale>(r);
-          LogSigma<F> log_sigma = split_log<scale>(r, s);
-          store<F>(sigma + i, s.sigma);
-          product *= log_sigma.factor;
-          F element = kl_analytic(load<F>(mu + i), s.sigma, log_sigma.term, prior.at(i));
-          elements += select(is_pruned(r), splat<F>(0), element);
+        for (int i = group; i < group + 4 * W; i += step) {
+          G r = load<G>(rho + i);
+          Spread<G> s = spread<scale>(r);
+          LogSigma<G> log_sigma = split_log<scale>(r, s);
+          store<G>(sigma + i, s.sigma);
+          G element = kl_analytic(load<G>(mu + i), s.sigma, log_sigma.term, prior.template at<G>(i));
+          for_parts<F>(log_sigma.factor, [&](F factor) __attribute__((always_inline)) { product *= factor; });
+          for_parts<F>(select(is_pruned(r), splat<G>(0), element), [&](F part) __attribute__((always_inline)) { elements += part; });
         }
         kl.add(scale == kSoftplus ? elements - log_lane(product) : elements);
       }
     } else if (divergence == kSampled) {
-      for (int i = 0; i < width; i += W) {
-        Spread<F> s = spread<scale>(load<F>(rho + i));
-        store<F>(sigma + i, s.sigma);
-        store<F>(log_sigma + i, s.log_sigma);
+      for (int i = 0; i < width; i += step) {
+        Spread<G> s = spread<scale>(load<G>(rho + i));
+        store<G>(sigma + i, s.sigma);
+        store<G>(log_sigma + i, s.log_sigma);
       }
     } else {
-      for (int i = 0; i < width; i += W) store<F>(sigma + i, spread<scale>(load<F>(rho + i)).sigma);
+      for (int i = 0; i < width; i += step) store<G>(sigma + i, spread<scale>(load<G>(rho + i)).sigma);
     }
   });
 }

@@ -3,7 +3,7 @@
 // Elements outside the tensor are padded so that they contribute nothing: mu = 0, rho = -inf.
 #pragma once
 
-#include "lanes.h"  // first: the formulas find the lanes' functions only if these are declared before them
+#include "pair.h"  // first: the formulas find the lanes' functions only if these are declared before them
 
 #include "../divergence.h"
 #include "../normal.h"
@@ -135,7 +135,7 @@ template <class F> struct PriorSpan {
       }
     }
   }
-  BNN_FN PriorAt<F> at(int i) { return {load<F>(loc + i), load<F>(inverse + i), load<F>(log_scale + i)}; }
+  template <class G = F> BNN_FN PriorAt<G> at(int i) { return {load<G>(loc + i), load<G>(inverse + i), load<G>(log_scale + i)}; }
 };
 
 // Calls f.template operator()<scale>() for the run-time scale, outside the loops over elements.

@@ -44,8 +44,8 @@ def assert_close(found, expected, tolerance):
 @needs_extension
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("kl", ["analytic", "sampled", None])
-@pytest.mark.parametrize("outputs, inputs", [(5, 3), (33, 71), (64, 256), (6, 700)])
-@pytest.mark.parametrize("rows", [(6,), (3, 2), (258,), (6, 0), (0,)])
+@pytest.mark.parametrize("outputs, inputs", [(5, 3), (33, 71), (64, 256), (6, 700), (300, 40)])
+@pytest.mark.parametrize("rows", [(3,), (6,), (3, 2), (258,), (6, 0), (0,)])
 @pytest.mark.parametrize("n_samples", [1, 3])
 def test_kernels_against_reference(estimator, kl, outputs, inputs, rows, n_samples):
     for dtype, tolerance in ((torch.float32, 2e-5), (torch.float64, 1e-11)):
