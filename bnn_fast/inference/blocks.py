@@ -117,8 +117,9 @@ class Run:
 
     def _draws(self, model: Callable, x, rows: int) -> int:
         """The draws of one call."""
-        if isinstance(model, Rest) and model.is_one_chain():  # which repeats nothing and has nothing between its layers in memory
-            return max(1, min(self.n_samples, self.batch_size or _BLOCK // max(1, rows)))
+        outputs = model.chain_outputs(x) if isinstance(model, Rest) else None
+        if outputs is not None:  # a chain repeats nothing and has nothing between its layers in memory
+            return max(1, min(self.n_samples, (self.batch_size or _BLOCK // max(1, outputs)) // max(1, rows)))
         together = self.batch_size or min(_ROWS_OF_SEVERAL_DRAWS, max(1, _NUMBERS // _numbers(x)))
         weights = max((pair.mu.numel() for _, layer in named_layers(self.model) for pair in layer.pairs()), default=0)
         draws = max(1, min(together // max(1, rows), _WEIGHTS // max(1, weights)))

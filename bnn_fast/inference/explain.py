@@ -74,7 +74,8 @@ def _of_chains(model: nn.Module, inputs: dict[str, object]) -> dict[str, tuple[s
             if not isinstance(part, list):
                 continue
             of = [names[id(step.layer)] for step in part]
-            text = f"narrow layers in one operator: {', '.join(of)}" + ("" if own else "; in ELBO, mc_forward, predict, and after fuse(model)")
+            text = f"narrow layers in one operator: {', '.join(of)}"
+            text += "" if own else "; in ELBO, mc_forward, predict, and after fuse(model)"
             reason = why_not(part, inputs.get(of[0]))
             for name in of:
                 found.setdefault(name, (text,) if reason is None else (text, f"not in one operator with {', '.join(of)}: {reason}"))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..layers.base import VariationalLayer, named_layers
-from ..layers.chain import flat, parts, run, runs_its_children, takes_shared
+from ..layers.chain import flat, parts, run, runs_its_children, takes_shared, why_not
 from .structure import call, flatten, repeat, with_rows
 
 _RANDOM = (nn.modules.dropout._DropoutNd, nn.RReLU, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d)
@@ -38,10 +38,11 @@ class Rest:
         y = self.modules[0](*inputs[:positional], **dict(zip(self.names, inputs[positional:])))
         return run(self.modules[1:], y)
 
-    def is_one_chain(self) -> bool:
-        """Whether all of it runs as one operator, as far as the modules tell."""
+    def chain_outputs(self, x) -> int | None:
+        """How many outputs a row has if all of it runs as one operator on x, whatever the number of draws; else None."""
         found = list(parts(self.modules))
-        return len(found) == 1 and isinstance(found[0], list)
+        one = len(found) == 1 and isinstance(found[0], list) and isinstance(x, Tensor) and why_not(found[0], x) is None
+        return found[0][-1].layer.out_features if one else None
 
     def repeated(self, x, n_samples: int):
         """On x repeated for so many draws; a chain or a linear layer that comes first reads the x that they share where it is."""

@@ -18,6 +18,7 @@ from .modes import top_hooks
 from .ordinary import LONGEST, WIDEST, WIDEST_TRAINED, in_chains, ordinary
 from .variational_linear import VariationalLinear
 
+
 def _coded(name: str, *numbers: float) -> tuple[int, float, float]:
     return checks.ACTIVATIONS[name], *(*map(float, numbers), 0.0, 0.0)[:2]
 
@@ -37,8 +38,8 @@ in_chains.update({
 
 
 class Sequential(nn.Sequential):
-    """nn.Sequential whose linear layers, at most 128 wide (1024 without gradients), and the activations behind them run as one operator each way,
-    with the keys, noise, KL and results of the layers one by one.
+    """nn.Sequential whose linear layers, at most 128 wide (1024 without gradients), and the activations behind them run as one operator
+    each way, with the keys, noise, KL and results of the layers one by one.
 
     What makes a chain: two or more of VariationalLinear (estimator "weight", one scale and kl) and nn.Linear, one of them
     variational, in float32 or float64 on the CPU, each followed by nothing or by one of ReLU, LeakyReLU, ELU, GELU, SiLU, Tanh, Sigmoid,
@@ -84,7 +85,9 @@ def run(modules: Iterable[nn.Module], x, draws: int = 1):
 
 
 def _on_shared(module: nn.Module, x: Tensor, draws: int):
-    """What the module gives on x [B, ...] repeated for so many draws; linear layers and convolutions read the x that they share where it is."""
+    """What the module gives on x [B, ...] repeated for so many draws; linear layers and convolutions read the x that they share where
+    it is.
+    """
     if not takes_shared(module, x):
         return module(x.repeat(draws, *(1,) * (x.dim() - 1)))
     x = functional.autocast(x)
@@ -92,8 +95,8 @@ def _on_shared(module: nn.Module, x: Tensor, draws: int):
 
 
 def takes_shared(module: nn.Module, x) -> bool:
-    """Whether the module gives on x [S, B, ...] what it gives on its rows [S * B, ...], and copies none that the draws share. Hooks see what
-    they are used to.
+    """Whether the module gives on x [S, B, ...] what it gives on its rows [S * B, ...], and copies none that the draws share. Hooks
+    see what they are used to.
     """
     return isinstance(module, VariationalLayer) and isinstance(x, Tensor) and is_plain(module) and module.shares(x)
 

@@ -7,6 +7,7 @@ from common import needs_nodes
 from torch import nn
 
 import bnn_fast as bf
+from bnn_fast.inference import blocks
 from bnn_fast.layers import chain
 
 from .chains import net, node_names
@@ -115,3 +116,16 @@ def test_wide_layers_are_a_chain_without_gradients_and_with_rows_enough(monkeypa
     assert len(node_names(model(torch.randn(40, 20)))) == 2
     samples = bf.predict(model, torch.randn(50, 20), n_samples=3, seed=4)
     assert samples.samples.shape == (3, 50, 3)
+
+
+def test_predict_calls_as_many_draws_at_once_as_a_chain_has_room_for(monkeypatch):
+    """Not where the layers run one by one, whose results would be repeated between them."""
+    drawn, repeated = [], blocks.repeated
+    monkeypatch.setattr(blocks, "repeated", lambda model, x, n, *rest: drawn.append(n) or repeated(model, x, n, *rest))
+    narrow = nn.Sequential(bf.VariationalLinear(2, 8), nn.ReLU(), bf.VariationalLinear(8, 4))
+    wide = nn.Sequential(bf.VariationalLinear(2, 200), nn.ReLU(), bf.VariationalLinear(200, 4))
+    for model, rows, options, expected in (
+            (narrow, 10, {}, 6553), (narrow, 10, {"batch_size": 50}, 5), (wide, 40, {}, 1638), (wide, 20, {}, 4096 // 20)):
+        drawn.clear()
+        bf.predict(model, torch.randn(rows, 2), n_samples=7000, seed=1, progress=False, **options)
+        assert max(drawn) == expected
