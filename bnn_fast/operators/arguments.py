@@ -13,7 +13,7 @@ from ..priors import Normal
 
 KL, N_SAMPLES, ESTIMATOR = 2, 3, 7  # where they are among the options of what draws
 SHARED, LAYERS = 4, 5  # and of a chain
-KEPT = 2 ** 20        # elements of drawn weights that a chain keeps for its backward
+KEPT = 2 ** 20        # elements of drawn weights that a chain keeps for its backward: kKept in csrc/cpu/chain.cpp
 REDUCE = 2            # and among those of the KL without a draw
 PAIR = ("mu", "rho")  # names of the posterior's tensors, as errors call them
 LAYER = ("weight_mu", "weight_rho", "bias_mu", "bias_rho")

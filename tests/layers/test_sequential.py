@@ -1,5 +1,5 @@
-"""Sequential, fuse and VariationalMLP: chains of narrow layers run as one operator, with the keys, noise, KL and results of the layers
-one by one; and what ends a chain."""
+"""Sequential: chains of narrow layers run as one operator, with the keys, noise, KL and results of the layers one by one; and what ends
+a chain."""
 from __future__ import annotations
 
 import copy
