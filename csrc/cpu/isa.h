@@ -7,6 +7,7 @@
 #include "factorised_linear.h"
 #include "linear.h"
 #include "narrow.h"
+#include "rows.h"
 
 BNN_FAST_BEGIN
 
@@ -27,6 +28,8 @@ template <class F> constexpr CpuKernels make_kernels(const char* name) {
           Lane<F>::width,
           by_type<SampleForward, sample_forward<F>, sample_forward<double>>,
           by_type<SampleBackward, sample_backward<F>, sample_backward<double>>,
+          by_type<RowsForward, rows_forward<F>, rows_forward<double>>,
+          by_type<RowsBackward, rows_backward<F>, rows_backward<double>>,
           by_type<KlElements, kl_elements<F>, kl_elements<double>>,
           by_type<Pack, pack_vectors<F>, pack_vectors<double>>,
           by_type<LinearForward, linear_forward<F>, linear_forward<double>>,
