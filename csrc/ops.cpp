@@ -40,13 +40,13 @@ BNN_FAST_DEFINE(BNN_FAST_LIBRARY, m) {
   // Rows of a drawn table mu, rho [table's rows, columns] (rows.h). look_up: int64 rows [T], of the n_samples draws in equal parts,
   // or [2, T], each row and its draw, below 0 for one that no KL counts; and where there is a KL maybe counts, int64 [table's rows].
   // numbers has a third: the KL of a row counts it, divided by the row's counts, every time. y is [T, columns]; kl_sum is
-  // empty without a KL.
+  // empty without a KL. `kept` is the noise [T, columns], or nothing where it is much and on CUDA.
   m.def(
       "_sample_rows(Tensor[] posterior, Tensor[] look_up, Tensor key, Tensor[] prior, float[] numbers, int[] options) -> "
-      "(Tensor y, Tensor kl_sum)");
+      "(Tensor y, Tensor kl_sum, Tensor kept)");
   m.def(
       "_sample_rows_backward(Tensor?[] grads, Tensor[] posterior, Tensor[] look_up, Tensor key, Tensor[] prior, float[] numbers, "
-      "int[] options) -> Tensor[]");
+      "int[] options, Tensor? kept) -> Tensor[]");
   m.def(
       "_variational_linear(Tensor x, Tensor[] posterior, Tensor key, Tensor[] prior, float[] numbers, int[] options) -> "
       "(Tensor y, Tensor kl_sum)");

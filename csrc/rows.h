@@ -36,6 +36,7 @@ struct RowsForward {
   int divergence;
   void* weight;  // [count, columns], the posterior's type
   double* kl;    // each task's or block's part of the KLs' sum; null without a divergence
+  void* noise;   // eps beside the weight, [count, columns] in the type computed in; or null. On the CPU alone
 };
 
 struct RowsBackward {
@@ -46,7 +47,20 @@ struct RowsBackward {
   KlGradient grad_kl;       // a number
   void* grad_mu;            // [count, columns]: what each look-up adds to the gradient of its row
   void* grad_rho;
+  const void* noise;        // as the forward has left it; null: drawn again
   int64_t* rows;            // [count]: the row that it is added to; null: the one looked up. On CUDA alone
+};
+
+// The gradients of the whole table, from what each look-up adds to them. On the CPU alone.
+struct RowsAdded {
+  LookUp at;
+  int64_t columns;
+  Type type;
+  const void* values[2];  // [count, columns]: by mu, by rho
+  void* sums[2];          // [table, columns]
+
+  // A task has so many of the table's rows: there are few, as each looks through all that are asked for.
+  BNN_FN int64_t rows_per_task() const { return (at.table + 15) / 16; }
 };
 
 }  // namespace bnn_fast

@@ -3,9 +3,11 @@
 //
 //   empty(like, shape, dtype)                a result to be filled
 //   check(LookUp)                            raises if there are no such rows, where that costs nothing
+//   keeps(elements)                          whether so much noise is kept from forward to backward
 //   forward(RowsForward, like)               draws; the sum of the KLs as a tensor like `like`, empty without a divergence
 //   backward(RowsBackward)                   fills what each look-up adds to the gradients
 //   keeps_rows                               whether it also fills the rows that this is added to
+//   added(RowsAdded)                         sums this up, if it `adds`; else an operator of torch does
 #pragma once
 
 #include "arguments.h"
@@ -14,18 +16,21 @@
 namespace bnn_fast {
 
 template <class Device> struct SampleRows {
-  static std::tuple<Tensor, Tensor> forward(const Tensors& posterior, const Tensors& look_up, const Tensor& key, const Tensors& prior,
-                                            const Numbers& numbers, const Integers& options) {
+  static std::tuple<Tensor, Tensor, Tensor> forward(const Tensors& posterior, const Tensors& look_up, const Tensor& key,
+                                                    const Tensors& prior, const Numbers& numbers, const Integers& options) {
     Device device(first_of(posterior), "_sample_rows");
     Given given(device, posterior, look_up, key, prior, numbers, options);
-    Tensor y = device.empty(posterior[0], {given.at.count, given.table.view.columns}, posterior[0].scalar_type());
-    Tensor sum = device.forward(
-        RowsForward{given.table.view, given.at, static_cast<int>(given.options.divergence), y.mutable_data_ptr(), nullptr}, posterior[0]);
-    return {y, sum};
+    const Tensor& mu = posterior[0];
+    Shape shape{given.at.count, given.table.view.columns};
+    bool keeps = device.keeps(shape[0] * shape[1]);
+    Tensor y = device.empty(mu, shape, mu.scalar_type()), noise = device.empty(mu, keeps ? shape : Shape{0}, compute_type(mu.scalar_type()));
+    Tensor sum = device.forward(RowsForward{given.table.view, given.at, static_cast<int>(given.options.divergence), y.mutable_data_ptr(),
+                                            nullptr, keeps ? noise.mutable_data_ptr() : nullptr}, mu);
+    return {y, sum, noise};
   }
 
   static Tensors backward(const OptionalTensors& grads, const Tensors& posterior, const Tensors& look_up, const Tensor& key,
-                          const Tensors& prior, const Numbers& numbers, const Integers& options) {
+                          const Tensors& prior, const Numbers& numbers, const Integers& options, const OptionalTensor& noise) {
     check_gradients(grads, {"grad_y", "grad_kl"});
     Device device(first_of(posterior), "_sample_rows_backward");
     Given given(device, posterior, look_up, key, prior, numbers, options);
@@ -34,13 +39,15 @@ template <class Device> struct SampleRows {
     if (grads[0]) check_gradient(*grads[0], "grad_y", shape, mu.scalar_type(), mu);
     OptionalTensor grad_kl = given.options.divergence == kNone ? OptionalTensor() : grads[1];
     if (grad_kl) check_gradient(*grad_kl, "grad_kl", {}, compute_type(mu.scalar_type()), mu);
-    OptionalTensor grad_y = dense(grads[0]);
+    bool kept = noise && noise->numel() > 0;
+    if (kept) check_gradient(*noise, "kept", shape, compute_type(mu.scalar_type()), mu);
+    OptionalTensor grad_y = dense(grads[0]), eps = kept ? dense(noise) : OptionalTensor();
     Tensor grad_mu = device.empty(mu, shape, mu.scalar_type()), grad_rho = device.empty(mu, shape, mu.scalar_type());
     Tensor rows = Device::keeps_rows ? device.empty(mu, {given.at.count}, ScalarType::Long) : given.rows;
     device.backward(RowsBackward{given.table.view, given.at, static_cast<int>(given.options.divergence), data_of(grad_y),
                                  make_kl_gradient(grad_kl, false), grad_mu.mutable_data_ptr(), grad_rho.mutable_data_ptr(),
-                                 Device::keeps_rows ? static_cast<int64_t*>(rows.mutable_data_ptr()) : nullptr});
-    return {given.of_table(grad_mu, rows), given.of_table(grad_rho, rows)};
+                                 data_of(eps), Device::keeps_rows ? static_cast<int64_t*>(rows.mutable_data_ptr()) : nullptr});
+    return given.of_table(device, grad_mu, grad_rho, rows);
   }
 
  private:
@@ -100,13 +107,23 @@ template <class Device> struct SampleRows {
       return dense(t);
     }
 
-    // The gradient of the table, from what each look-up adds to a row of it.
-    Tensor of_table(const Tensor& values, const Tensor& all_rows) const {
+    // The gradients of the table, from what each look-up adds to its row.
+    Tensors of_table(const Device& device, const Tensor& by_mu, const Tensor& by_rho, const Tensor& all_rows) const {
       constexpr int64_t no_padding = -1;
+      Shape shape{at.table, table.view.columns};
+      if (gradient == kDense && Device::adds) {
+        Tensor mu = device.empty(by_mu, shape, by_mu.scalar_type()), rho = device.empty(by_mu, shape, by_mu.scalar_type());
+        device.added(RowsAdded{at, shape[1], table.view.type, {by_mu.const_data_ptr(), by_rho.const_data_ptr()},
+                               {mu.mutable_data_ptr(), rho.mutable_data_ptr()}});
+        return {mu, rho};
+      }
       Tensor to = all_rows.dim() == 2 ? aten("aten::select", "int", all_rows, int64_t(0), int64_t(0)) : all_rows;
-      if (gradient == kSparse) return aten("aten::embedding_sparse_backward", "", values, to, at.table, no_padding, false);
-      if (values.numel() == 0 || at.table == 0) return torch::stable::new_zeros(values, {at.table, table.view.columns});
-      return aten("aten::embedding_dense_backward", "", values, to, at.table, no_padding, gradient == kByFrequency);
+      auto of = [&](const Tensor& values) {
+        if (gradient == kSparse) return aten("aten::embedding_sparse_backward", "", values, to, at.table, no_padding, false);
+        if (values.numel() == 0 || at.table == 0) return torch::stable::new_zeros(values, shape);
+        return aten("aten::embedding_dense_backward", "", values, to, at.table, no_padding, gradient == kByFrequency);
+      };
+      return {of(by_mu), of(by_rho)};
     }
   };
 };

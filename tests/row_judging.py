@@ -34,8 +34,8 @@ class Rows(NamedTuple):
 
     def run(self, gradient="sparse", ops=OPS):
         """y, the KL, the gradients."""
-        y, kl = ops._sample_rows(*self.arguments(gradient))
-        return y, kl, ops._sample_rows_backward([self.grad_y, self.grad_kl], *self.arguments(gradient))
+        y, kl, kept = ops._sample_rows(*self.arguments(gradient))
+        return y, kl, ops._sample_rows_backward([self.grad_y, self.grad_kl], *self.arguments(gradient), kept)
 
     def draws(self) -> torch.Tensor:
         rows, n_samples = self.look_up[0], self.options.get("n_samples", 1)

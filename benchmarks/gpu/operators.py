@@ -61,7 +61,7 @@ def look_up(table: int, columns: int, count: int, *, dtype: torch.dtype, device:
     one = torch.ones((), dtype=sum_type(dtype), device=device)
     return {
         "sample_rows": lambda: OPS._sample_rows(*arguments),
-        "sample_rows_backward": lambda: OPS._sample_rows_backward([grad_y, one], *arguments)}
+        "sample_rows_backward": lambda: OPS._sample_rows_backward([grad_y, one], *arguments, None)}
 
 
 def linear(inputs: int, outputs: int, batch: int, *, dtype: torch.dtype, device: str,

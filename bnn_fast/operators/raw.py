@@ -114,12 +114,14 @@ if HAS_EXTENSION:
     @torch.library.register_fake("bnn_fast::_sample_rows")
     def _(posterior, look_up, key, prior, numbers, options):
         mu = _together(arguments.PAIR, posterior, prior, key=key, **dict(zip(arguments.LOOK_UP, look_up)))
-        sum_of_kl = _scalar(mu)
-        return mu.new_empty((look_up[0].shape[-1], mu.shape[1])), sum_of_kl if options[arguments.KL] else sum_of_kl.new_empty((0,))
+        shape, sum_of_kl = (look_up[0].shape[-1], mu.shape[1]), _scalar(mu)
+        keeps = mu.device.type != "cuda" and shape[0] * shape[1] <= arguments.KEPT
+        return (mu.new_empty(shape), sum_of_kl if options[arguments.KL] else sum_of_kl.new_empty((0,)),
+                sum_of_kl.new_empty(shape if keeps else (0,)))
 
     @torch.library.register_fake("bnn_fast::_sample_rows_backward")
-    def _(grads, posterior, look_up, key, prior, numbers, options):
-        mu = _together(arguments.PAIR, posterior, prior, key=key, grad_y=grads[0], grad_kl=grads[1],
+    def _(grads, posterior, look_up, key, prior, numbers, options, kept):
+        mu = _together(arguments.PAIR, posterior, prior, key=key, grad_y=grads[0], grad_kl=grads[1], kept=kept,
                        **dict(zip(arguments.LOOK_UP, look_up)))
         if options[arguments.GRADIENT] != arguments.GRADIENTS["sparse"]:
             return _like(posterior)

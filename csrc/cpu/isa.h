@@ -18,6 +18,8 @@ void by_type(const Problem& problem, int64_t begin, int64_t end) {
     is_wide = problem.wide;
   else if constexpr (requires { problem.weight.type; })
     is_wide = problem.weight.type == Type::kFloat64;
+  else if constexpr (requires { problem.type; })
+    is_wide = problem.type == Type::kFloat64;
   else
     is_wide = problem.posterior.type == Type::kFloat64;
   (is_wide ? wide : narrow)(problem, begin, end);
@@ -30,6 +32,7 @@ template <class F> constexpr CpuKernels make_kernels(const char* name) {
           by_type<SampleBackward, sample_backward<F>, sample_backward<double>>,
           by_type<RowsForward, rows_forward<F>, rows_forward<double>>,
           by_type<RowsBackward, rows_backward<F>, rows_backward<double>>,
+          by_type<RowsAdded, rows_added<float>, rows_added<double>>,
           by_type<KlElements, kl_elements<F>, kl_elements<double>>,
           by_type<Pack, pack_vectors<F>, pack_vectors<double>>,
           by_type<LinearForward, linear_forward<F>, linear_forward<double>>,

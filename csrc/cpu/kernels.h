@@ -14,6 +14,7 @@ struct CpuKernels {
   void (*sample_backward)(const SampleBackward&, int64_t begin, int64_t end);  // tasks: Tasks(posterior)
   void (*rows_forward)(const RowsForward&, int64_t begin, int64_t end);        // tasks: Tasks(count, posterior's columns)
   void (*rows_backward)(const RowsBackward&, int64_t begin, int64_t end);      // tasks: Tasks(count, posterior's columns)
+  void (*rows_added)(const RowsAdded&, int64_t begin, int64_t end);            // tasks: of rows_per_task rows of the table
   void (*kl_elements)(const KlElements&, int64_t begin, int64_t end);          // tasks: Tasks(posterior)
   void (*pack)(const Pack&, int64_t begin, int64_t end);                       // tasks: vectors
   void (*linear_forward)(const LinearForward&, int64_t begin, int64_t end);    // tasks: blocks of kRowBlock outputs

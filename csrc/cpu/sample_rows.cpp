@@ -6,10 +6,12 @@ namespace bnn_fast {
 namespace {
 
 struct Cpu {
-  static constexpr bool keeps_rows = false;
+  static constexpr bool keeps_rows = false, adds = true;
 
   Cpu(const Tensor&, const char*) {}
   Tensor empty(const Tensor& like, const Shape& shape, ScalarType dtype) const { return empty_large(like, shape, dtype); }
+
+  bool keeps(int64_t elements) const { return elements <= kKept; }
 
   void check(const LookUp& at) const {
     for (int64_t i = 0; i < at.count; ++i)
@@ -26,6 +28,11 @@ struct Cpu {
 
   void backward(const RowsBackward& problem) const {
     run(cpu_kernels().rows_backward, problem, Tasks(looked_up(problem.posterior, problem.at)).count, Tasks::kElements);
+  }
+
+  void added(const RowsAdded& problem) const {
+    int64_t per_task = problem.rows_per_task(), tasks = per_task > 0 ? (problem.at.table + per_task - 1) / per_task : 0;
+    run(cpu_kernels().rows_added, problem, tasks, per_task * problem.columns);
   }
 };
 

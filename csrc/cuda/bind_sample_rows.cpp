@@ -9,10 +9,11 @@ namespace {
 
 class Cuda {
  public:
-  static constexpr bool keeps_rows = true;
+  static constexpr bool keeps_rows = true, adds = false;
 
   Cuda(const Tensor& like, const char* name) : on(like), name(name) {}
   Tensor empty(const Tensor& like, const Shape& shape, ScalarType dtype) const { return empty_of(like, shape, dtype); }
+  bool keeps(int64_t) const { return false; }
   void check(const LookUp&) const {}  // the host does not see the numbers; the kernels look
 
   Tensor forward(RowsForward problem, const Tensor& like) const {
@@ -27,6 +28,7 @@ class Cuda {
     return sum;
   }
 
+  void added(const RowsAdded&) const {}
   void backward(const RowsBackward& problem) const { check_cuda(bnn_fast_cuda_rows_backward(&problem, on.stream()), name); }
 
  private:

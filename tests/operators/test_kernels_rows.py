@@ -36,10 +36,10 @@ def test_rows_are_those_of_the_whole_draw_bit_for_bit(columns, dtype):
         whole, _ = OPS._sample_normal(*draw_arguments(mu, rho, key=key, scale=scale, n_samples=3, **place))
         rows = torch.randint(30, (60,), generator=torch.Generator().manual_seed(1))
         rows[:20:4], draws = 7, torch.arange(60) // 20
-        found, kl = OPS._sample_rows(*arguments(mu, rho, rows, key=key, scale=scale, n_samples=3, **place))
+        found, kl, _ = OPS._sample_rows(*arguments(mu, rho, rows, key=key, scale=scale, n_samples=3, **place))
         assert torch.equal(found.view(torch.uint8), whole[draws, rows].contiguous().view(torch.uint8)) and kl.shape == (0,)
         draws = draws.flip(0) % 2 + torch.arange(60) % 2  # in no order
-        found, _ = OPS._sample_rows(*arguments(mu, rho, torch.stack((rows, draws)), key=key, scale=scale, n_samples=3, **place))
+        found = OPS._sample_rows(*arguments(mu, rho, torch.stack((rows, draws)), key=key, scale=scale, n_samples=3, **place))[0]
         assert torch.equal(found.view(torch.uint8), whole[draws, rows].contiguous().view(torch.uint8))
 
 
@@ -61,6 +61,20 @@ def test_a_row_that_was_never_counted_has_an_infinite_kl_unless_it_is_pruned():
     assert kl == 0 and torch.equal(y, pruned.mu[[2, 2]]) and all((g._values() == 0).all() for g in gradients)
     nothing = given._replace(grad_kl=torch.tensor(0.0)).run()[2]  # a KL of weight 0, as at the start of a warm-up
     assert all(g._values().isfinite().all() for g in nothing)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_noise_that_is_kept_is_that_which_is_drawn_again_bit_for_bit(dtype):
+    for columns, kl in itertools.product((6, 64, 130), KLS):
+        given = make_rows(columns, dtype=dtype, kl=kl)
+        kept = OPS._sample_rows(*given.arguments())[2]
+        assert kept.shape == given.grad_y.shape and kept.dtype == torch.promote_types(dtype, torch.float32)
+        found = [OPS._sample_rows_backward([given.grad_y, given.grad_kl], *given.arguments(), noise) for noise in (kept, None, kept[:0, 0])]
+        for others in found[1:]:
+            for a, b in zip(found[0], others):
+                assert torch.equal(a._values(), b._values())
+    much = make_rows(64, look_up=[torch.zeros(packing.KEPT // 64 + 1, dtype=torch.int64)], kl=None)
+    assert raw.sample_rows(*much.arguments())[2].shape == (0,)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -94,9 +108,9 @@ def test_empty_shapes_give_empty_results(count, table, columns, gradient):
     mu, rho = posterior(table, columns)
     for kl in ("analytic", "sampled"):
         given = arguments(mu, rho, torch.zeros(count, dtype=torch.int64), kl=kl, gradient=gradient)
-        y, value = OPS._sample_rows(*given)
+        y, value, kept = OPS._sample_rows(*given)
         assert y.shape == (count, columns) and value == 0
-        for g in OPS._sample_rows_backward([y, torch.tensor(1.0)], *given):
+        for g in OPS._sample_rows_backward([y, torch.tensor(1.0)], *given, kept):
             assert g.shape == (table, columns) and not g.to_dense().any()
 
 
@@ -115,14 +129,16 @@ def test_what_is_refused():
             (torch.tensor([0]), {"row_offset": -1}, "row_offset and column_offset are -1"),
             (torch.tensor([0]), {"n_samples": 0}, "n_samples is 0")):
         given = arguments(mu, rho, rows, **{**good, **changed})
-        for call in (lambda: OPS._sample_rows(*given), lambda: OPS._sample_rows_backward([None, None], *given)):
+        for call in (lambda: OPS._sample_rows(*given), lambda: OPS._sample_rows_backward([None, None], *given, None)):
             with pytest.raises(RuntimeError, match=message):
                 call()
     given = arguments(mu, rho, torch.tensor([0]), **good)
-    for grads, message in (([torch.ones(2, 3), None], r"grad_y has shape \[2, 3\], expected \[1, 3\]"),
-                           ([None, torch.ones(1)], r"grad_kl has shape \[1\], expected \[\]"), ([None], "grads has 1 tensors")):
+    for grads, kept, message in (([torch.ones(2, 3), None], None, r"grad_y has shape \[2, 3\], expected \[1, 3\]"),
+                                 ([None, torch.ones(1)], None, r"grad_kl has shape \[1\], expected \[\]"),
+                                 ([None, None], torch.ones(2, 3), r"kept has shape \[2, 3\], expected \[1, 3\]"),
+                                 ([None], None, "grads has 1 tensors")):
         with pytest.raises(RuntimeError, match=message):
-            OPS._sample_rows_backward(grads, *given)
+            OPS._sample_rows_backward(grads, *given, kept)
     with pytest.raises(RuntimeError, match=r"mu has shape \[3\], expected \[table's rows, columns\]"):
         OPS._sample_rows(*arguments(*posterior(3), torch.tensor([0])))
     *others, options = given
@@ -140,7 +156,8 @@ def test_opcheck(dtype, gradient, kl):
     given = make_rows(5, dtype=dtype, kl=kl, look_up=[torch.stack((ROWS, DRAWS)), COUNTS])
     torch.library.opcheck(raw.sample_rows, given.arguments(gradient), test_utils=TESTS)
     for grads in ([given.grad_y, given.grad_kl], [given.grad_y, None], [None, given.grad_kl]):
-        torch.library.opcheck(raw.sample_rows_backward, (grads, *given.arguments(gradient)), test_utils=TESTS)
+        for kept in (raw.sample_rows(*given.arguments(gradient))[2], None):
+            torch.library.opcheck(raw.sample_rows_backward, (grads, *given.arguments(gradient), kept), test_utils=TESTS)
 
 
 @pytest.mark.parametrize("kl", ["analytic", "sampled"])

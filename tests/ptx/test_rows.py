@@ -9,18 +9,27 @@ import torch
 from kernels import DTYPES, KLS, OPS, SCALES
 from row_judging import COUNTS, DRAWS, ROWS, check_rows, make_rows
 
-LOOK_UPS = ([ROWS, COUNTS], [torch.stack((ROWS, DRAWS)), COUNTS], [ROWS])
+LOOK_UPS = ([ROWS, COUNTS], [torch.stack((ROWS, DRAWS)), COUNTS], [ROWS], [ROWS, COUNTS])
+# Of more than one quad and of one, whole vectors and ragged: columns, column_offset, the prior's tensors.
+SHAPES = ((8, 4, True), (5, 3, "scale"), (3, 0, "loc"), (8, 0, False))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kl", KLS, ids=str)
 @pytest.mark.parametrize("scale", SCALES)
 def test_rows(scale, kl, dtype, cuda_ops):
-    """Of one quad and of more than one; whole vectors and ragged."""
-    priors = itertools.cycle((False, True, "loc", "scale"))
-    for i, (columns, column_offset) in enumerate(((8, 4), (5, 3), (3, 0))):
-        check_rows(columns, exact=False, ops=cuda_ops, dtype=dtype, kl=kl, scale=scale, tensors=next(priors), look_up=LOOK_UPS[i],
+    for i, (columns, column_offset, tensors) in enumerate(SHAPES):
+        check_rows(columns, exact=False, ops=cuda_ops, dtype=dtype, kl=kl, scale=scale, tensors=tensors, look_up=LOOK_UPS[i],
                    n_samples=1 + i % 2, stream=i, row_offset=5 * i, column_offset=column_offset)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_the_kl_alone_has_a_gradient(dtype, cuda_ops):
+    for kl in ("analytic", "sampled"):
+        given = make_rows(6, dtype=dtype, kl=kl)
+        alone, beside = (given._replace(grad_y=grad_y).run(ops=cuda_ops)[2] for grad_y in (None, torch.zeros_like(given.grad_y)))
+        for a, b in zip(alone, beside):
+            assert torch.equal(a._values(), b._values()) and a._values().any()
 
 
 @pytest.mark.parametrize("columns", [1027, 1028])
