@@ -67,6 +67,33 @@ def test_compiled_whole(name):
     torch.testing.assert_close(*found)
 
 
+@pytest.mark.parametrize("name", ["Embedding, sparse", "Bag"])
+def test_batches_of_several_sizes_are_compiled_once(name):
+    """With the KL of the rows looked up, which counts by the size of the batch."""
+    torch._dynamo.reset()
+    layer, graphs = CASES[name].layer(kl_rows="batch", row_counts=torch.ones(ROWS, dtype=torch.int64), n_data=100), []
+
+    def loss(tokens):
+        return layer(tokens).square().sum() + bf.kl_divergence(layer)
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    compiled = torch.compile(loss, fullgraph=True, backend=backend, dynamic=True)
+    for batch in (4, 6, 9, 2):
+        tokens = torch.randint(ROWS, (batch, 3))
+        found = []
+        for run in (compiled, loss):
+            layer.zero_grad()
+            with bf.sampling(layer, seed=5):
+                value = run(tokens)
+            value.backward()
+            found.append((value.detach(), layer.weight_mu.grad.to_dense(), layer.weight_rho.grad.to_dense()))
+        torch.testing.assert_close(*found)
+    assert len(graphs) == 1
+
+
 @every
 def test_recomputed_under_checkpointing(case):
     layer = case.layer()
