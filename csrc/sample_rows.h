@@ -1,5 +1,5 @@
-// The operator sample_rows, forward and backward, on any device: checks, results, and what is computed. A Device is made for one call, with
-// a tensor of that call and the operator's name, and has
+// The operator sample_rows, forward and backward, on any device: checks, results, and what is computed. A Device is made for one
+// call, with a tensor of that call and the operator's name, and has
 //
 //   empty(like, shape, dtype)                a result to be filled
 //   check(LookUp)                            raises if there are no such rows, where that costs nothing
@@ -23,7 +23,8 @@ template <class Device> struct SampleRows {
     const Tensor& mu = posterior[0];
     Shape shape{given.at.count, given.table.view.columns};
     bool keeps = device.keeps(shape[0] * shape[1]);
-    Tensor y = device.empty(mu, shape, mu.scalar_type()), noise = device.empty(mu, keeps ? shape : Shape{0}, compute_type(mu.scalar_type()));
+    Tensor y = device.empty(mu, shape, mu.scalar_type());
+    Tensor noise = device.empty(mu, keeps ? shape : Shape{0}, compute_type(mu.scalar_type()));
     Tensor sum = device.forward(RowsForward{given.table.view, given.at, static_cast<int>(given.options.divergence), y.mutable_data_ptr(),
                                             nullptr, keeps ? noise.mutable_data_ptr() : nullptr}, mu);
     return {y, sum, noise};
@@ -70,15 +71,16 @@ template <class Device> struct SampleRows {
     Given(const Device& device, const Tensors& posterior, const Tensors& look_up, const Tensor& key, const Tensors& prior,
           const Numbers& numbers, const Integers& all) {
       const Tensor& mu = posterior[0];
-      STD_TORCH_CHECK(all.size() == 8, "options has ", all.size(), " numbers, expected 8: scale, prior's places, kl, n_samples, stream, "
-                      "row_offset, column_offset, gradient");
+      STD_TORCH_CHECK(all.size() == 8, "options has ", all.size(), " numbers, expected 8: scale, prior's places, kl, n_samples, "
+                      "stream, row_offset, column_offset, gradient");
       STD_TORCH_CHECK(numbers.size() == 3, "numbers has ", numbers.size(), ", expected 3: a loc, a scale, and what a KL counts");
       options = options_of(Integers(all.begin(), all.begin() + 7));
       gradient = all[7];
       STD_TORCH_CHECK(gradient >= kDense && gradient <= kByFrequency, "gradient is ", gradient,
                       ", expected 0 (dense), 1 (sparse) or 2 (dense, by frequency)");
       STD_TORCH_CHECK(mu.dim() == 2, "mu has shape ", describe(shape_of(mu)), ", expected [table's rows, columns]");
-      STD_TORCH_CHECK(look_up.size() == 1 || look_up.size() == 2, "look_up has ", look_up.size(), " tensors, expected rows, and maybe counts");
+      STD_TORCH_CHECK(look_up.size() == 1 || look_up.size() == 2, "look_up has ", look_up.size(), 
+                      " tensors, expected rows, and maybe counts");
       Numbers of_prior(numbers.begin(), numbers.begin() + 2);
       table = Lists(posterior, prior, of_prior, false).pair(0, key, options);
       rows = integers(look_up[0], "rows", mu);
@@ -101,7 +103,8 @@ template <class Device> struct SampleRows {
     }
 
     static Tensor integers(const Tensor& t, const char* name, const Tensor& mu) {
-      STD_TORCH_CHECK(t.scalar_type() == ScalarType::Long, name, " has dtype number ", static_cast<int>(t.scalar_type()), ", expected int64");
+      STD_TORCH_CHECK(t.scalar_type() == ScalarType::Long, name, " has dtype number ", static_cast<int>(t.scalar_type()),
+                      ", expected int64");
       STD_TORCH_CHECK(on_device_of(t, mu), name, " and mu are on different devices");
       check_storage(t, name);
       return dense(t);

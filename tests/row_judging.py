@@ -53,8 +53,9 @@ class Rows(NamedTuple):
             weight = self.options.get("weight", 1.0) / (self.look_up[1][row].item() if len(self.look_up) > 1 else 1)
             weight = weight if draw >= 0 else 0.0
             grad_kl = None if self.grad_kl is None else (self.grad_kl.double() * weight).to(self.grad_kl.dtype)
-            (w, kl), gradients = raw_sample(self.mu[at], self.rho[at], prior=prior, key=KEY + torch.tensor([0, draw]), grad_w=self.grad_y[i].view(1, 1, -1),
-                                            grad_kl=grad_kl, offsets=(row_offset + row, column_offset), **options)
+            (w, kl), gradients = raw_sample(self.mu[at], self.rho[at], prior=prior, key=KEY + torch.tensor([0, draw]),
+                                            grad_w=self.grad_y[i].view(1, 1, -1), grad_kl=grad_kl,
+                                            offsets=(row_offset + row, column_offset), **options)
             kl_sum = kl_sum + weight * kl.double()
             found.append((w.view(-1), *(g.view(-1) for g in gradients)))
         return kl_sum, *map(torch.stack, zip(*found))

@@ -138,7 +138,8 @@ class Table(VariationalLayer):
             self._check_range(input)
             raise
         if not recomputed and not functorch:
-            self._remember(self._registered((pair.mu, pair.rho)), key, mode.n_samples, kl, compiling, asked if self.kl_rows == "batch" else None)
+            self._remember(self._registered((pair.mu, pair.rho)), key, mode.n_samples, kl, compiling,
+                           asked if self.kl_rows == "batch" else None)
         return self.combine(rows, input, *arguments)
 
     def asked(self, n_samples: int, input: Tensor, *arguments) -> LookUp:

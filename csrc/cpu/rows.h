@@ -80,7 +80,7 @@ template <class F> inline void rows_backward(const RowsBackward& problem, int64_
 template <class S> inline void rows_added(const RowsAdded& problem, int64_t task_begin, int64_t task_end) {
   const int64_t columns = problem.columns, per_task = problem.rows_per_task(), row_size = columns * size_of(problem.type);
   const int64_t begin = task_begin * per_task, last = task_end * per_task, end = last < problem.at.table ? last : problem.at.table;
-  if (begin >= end) return;
+  if (begin >= end || columns == 0) return;
   for (void* sums : problem.sums) memset(static_cast<char*>(sums) + begin * row_size, 0, (end - begin) * row_size);
   alignas(64) S sum[kTile], value[kTile];
   for (int64_t i = 0; i < problem.at.count; ++i) {

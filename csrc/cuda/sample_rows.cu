@@ -42,15 +42,16 @@ struct Place {
 };
 
 // Calls body(counter, quad of the look-up) for a thread's quads.
-template <class Body> __device__ __forceinline__ void for_quads(const Posterior& p, const Place& place, const LookUp& at, unsigned across,
-                                                                Body body) {
+template <class Body>
+__device__ __forceinline__ void for_quads(const Posterior& p, const Place& place, const LookUp& at, unsigned across, Body body) {
   if (!place.some) return;
   int64_t quads = quads_in_row(p);
   for (int64_t counter = place.first; counter < quads; counter += across)
     body(counter, Quad(at.count, p.columns, place.i, counter * 4 - (p.column_offset & 3)));
 }
 
-template <class F> __global__ void __launch_bounds__(kThreads) rows_forward_kernel(const __grid_constant__ RowsForward problem, unsigned across) {
+template <class F>
+__global__ void __launch_bounds__(kThreads) rows_forward_kernel(const __grid_constant__ RowsForward problem, unsigned across) {
   const Posterior& p = problem.posterior;
   Place place(problem.at, across);
   int64_t draw = place.there ? problem.at.draw_of(place.i) : 0;
@@ -77,7 +78,8 @@ template <class F> __global__ void __launch_bounds__(kThreads) rows_forward_kern
   if (threadIdx.x == 0) problem.kl[blockIdx.x] = kl;
 }
 
-template <class F> __global__ void __launch_bounds__(kThreads) rows_backward_kernel(const __grid_constant__ RowsBackward problem, unsigned across) {
+template <class F>
+__global__ void __launch_bounds__(kThreads) rows_backward_kernel(const __grid_constant__ RowsBackward problem, unsigned across) {
   const Posterior& p = problem.posterior;
   Place place(problem.at, across);
   int divergence = problem.grad_kl.data ? problem.divergence : int(kNone);

@@ -23,7 +23,8 @@ COLUMNS = (1, 6, 64, 65, 300, 4100)
 
 def arguments(mu, rho, rows, *, key=KEY, scale="softplus", kl=None, n_samples=1, gradient="sparse", stream=0, prior=Normal(), counts=(),
               **options) -> tuple:
-    return packing.to_look_up([mu, rho], [rows, *counts], key, packing.pack_priors(prior), scale, kl, n_samples, stream, gradient, **options)
+    return packing.to_look_up([mu, rho], [rows, *counts], key, packing.pack_priors(prior), scale, kl, n_samples, stream, gradient,
+                              **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
