@@ -26,7 +26,7 @@ SECTIONS = {
     "scaling": "a step's time against the weights and against the batch",
     "calls": "what a call costs beside its arithmetic: small layers, the ELBO",
     "threads": "a step's time on 1, 2, ... CPU threads",
-    "models": "ResNet-20 and LSTM: a training step; 100 draws of a variational head",
+    "models": "ResNet-20 and LSTM: a training step; 100 draws of a variational head; embeddings",
     "networks": "whole networks: a training step, several draws a step, predictions from many draws",
     "all": "all of these, and one table",
 }

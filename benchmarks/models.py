@@ -1,5 +1,5 @@
 """Whole models, each beside its deterministic twin: a training step of a ResNet-20 and of an LSTM whose layers are all variational, and
-100 draws of a ResNet-20 with a variational head over one forward pass of the deterministic one.
+100 draws of a ResNet-20 with a variational head over one forward pass of the deterministic one; and embeddings (tables.py).
 
 The deterministic twin has the name of the base. Of the other libraries, those that have the layers.
 """
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import bnn_fast as bf
 
+from . import tables
 from .measure import Case, Run, compare
 from .providers import BASE, RHO, kept
 from .resnet import ResNet20
@@ -120,7 +121,8 @@ def head(run: Run, x: Tensor, draws: int) -> dict[str, Callable[[], Case]]:
             "bnn_fast": lambda: lambda: bf.predict(made, x, bf.Categorical(), n_samples=draws, seed=0, head="fc")}
 
 
-def measure(run: Run, batch: int = BATCH, lstm: tuple[int, int, int] = LSTM, draws: int = DRAWS) -> dict[str, dict]:
+def measure(run: Run, batch: int = BATCH, lstm: tuple[int, int, int] = LSTM, draws: int = DRAWS,
+            of_tables: tuple[tuple[int, bool], ...] = tables.TABLES) -> dict[str, dict]:
     images = torch.randn(batch, 3, 32, 32, device=run.device)
     labels = torch.randint(10, (batch,), device=run.device)
     size, steps, rows = lstm
@@ -131,4 +133,5 @@ def measure(run: Run, batch: int = BATCH, lstm: tuple[int, int, int] = LSTM, dra
         f"LSTM 2 x {size}, {steps} steps, batch {rows}": compare(
             makers(recurrences(size), run, series, lambda model, x: model(x).square().mean()), run),
         f"ResNet-20, variational head, {draws} draws, batch {batch}": compare(head(run, images, draws), run),
+        **tables.measure(run, of_tables),
     }

@@ -15,6 +15,8 @@
 //                stream, row_offset, column_offset of the noise; a layer's bias has the stream behind its weight's
 //              of an estimated layer, at the end
 //                estimator  1 local, 2 flipout (problem.h)
+//              of rows that are looked up, at the end
+//                gradient  0 dense, 1 sparse, 2 dense and divided by how often the call looks the row up
 //              of a chain, in the place of all behind n_samples
 //                shared  1 where all samples have the same x
 //                of every layer  1 where it is drawn, 2 where it has a bias, in one number; its activation (activation.h)
@@ -35,6 +37,16 @@ BNN_FAST_DEFINE(BNN_FAST_LIBRARY, m) {
   m.def("_kl_normal(Tensor[] posterior, Tensor[] prior, float[] numbers, int[] options) -> Tensor");
   m.def(
       "_kl_normal_backward(Tensor?[] grads, Tensor[] posterior, Tensor[] prior, float[] numbers, int[] options) -> Tensor[]");
+  // Rows of a drawn table mu, rho [table's rows, columns] (rows.h). look_up: int64 rows [T], of the n_samples draws in equal parts,
+  // or [2, T], each row and its draw, below 0 for one that no KL counts; and where there is a KL maybe counts, int64 [table's rows].
+  // numbers has a third: the KL of a row counts it, divided by the row's counts, every time. y is [T, columns]; kl_sum is
+  // empty without a KL. `kept` is the noise [T, columns], or nothing where it is much and on CUDA.
+  m.def(
+      "_sample_rows(Tensor[] posterior, Tensor[] look_up, Tensor key, Tensor[] prior, float[] numbers, int[] options) -> "
+      "(Tensor y, Tensor kl_sum, Tensor kept)");
+  m.def(
+      "_sample_rows_backward(Tensor?[] grads, Tensor[] posterior, Tensor[] look_up, Tensor key, Tensor[] prior, float[] numbers, "
+      "int[] options, Tensor? kept) -> Tensor[]");
   m.def(
       "_variational_linear(Tensor x, Tensor[] posterior, Tensor key, Tensor[] prior, float[] numbers, int[] options) -> "
       "(Tensor y, Tensor kl_sum)");

@@ -18,12 +18,14 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "sanitize"
 SETS = ("generic", "avx2", "avx2x16", "avx512")
 FILES = ("tests/operators/test_kernels_linear.py", "tests/operators/test_kernels_sample.py", "tests/operators/test_kernels_noisy.py",
+         "tests/operators/test_kernels_rows.py",
          "tests/operators/test_functional.py", "tests/operators/test_chain.py", "tests/operators/test_estimators.py",
          "tests/field_reports/memory.py")
 # A test of each kind: under the sanitizers all of them would take several times as long as without.
 CHOSEN = ("(awkward and (127-3 or 5-257 or 0)) or (narrow_shapes and (20 or 17)) or beyond or strides or half_inputs or threads"
           " or (options and sampled and float32) or agrees or memory"
           " or (chain and (against_the_reference or whole_range or empty or groups) and not instruction_sets)"
+          " or (test_kernels_rows and (empty or infinite or (bit_for_bit and (1- or 6- or 65- or 300-))))"
           " or (test_estimators and against_reference and sampled and (3-5 or 1-33))")
 SETTINGS = {"ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=1",  # the interpreter itself never frees all
             "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1", "BNN_FAST_NODES": "0",

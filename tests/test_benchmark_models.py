@@ -31,10 +31,12 @@ def test_every_library_trains_both_models_and_has_their_kl(name):
 
 
 def test_the_section():
-    found = models.measure(Run(providers.available(["bnn_fast"])[0], seconds=0.01, rounds=1), batch=2, lstm=(8, 3, 2), draws=5)
-    assert [setting.split(",")[0] for setting in found] == ["ResNet-20", "LSTM 2 x 8", "ResNet-20"]
-    for cases in found.values():
-        assert set(cases) == {"nn.Linear", "bnn_fast"} and all(t["median"] > 0 for t in cases.values())
+    found = models.measure(Run(providers.available(["bnn_fast"])[0], seconds=0.01, rounds=1), batch=2, lstm=(8, 3, 2), draws=5,
+                           of_tables=((9, False), (7, True)))
+    assert [setting.split(",")[0] for setting in found] == ["ResNet-20", "LSTM 2 x 8", "ResNet-20", "Embedding 9 x 64", "Embedding 7 x 64"]
+    for setting, cases in found.items():
+        others = {"bnn_fast, with the KL"} if setting.startswith("Embedding") else set()
+        assert set(cases) == {"nn.Linear", "bnn_fast", *others} and all(t["median"] > 0 for t in cases.values())
         assert cases["bnn_fast"]["ratio"] > 0
 
 

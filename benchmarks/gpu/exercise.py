@@ -29,6 +29,7 @@ def cases(device: str) -> Iterator[tuple[str, operators.Calls]]:
         name = f"{dtype}, x {x_dtype}, {draws} draws"
         if dtype == x_dtype:
             yield f"elementwise, {name}", operators.elementwise(33, 127, reduce=draws == 1, **options)
+            yield f"look-up, {name}", operators.look_up(50, 127, 33, **options)
         if dtype == operators.sum_type(dtype):
             yield f"sum, {name}", {"sum_values": partial(operators.OPS._sum_values, [torch.ones((), dtype=dtype, device=device)] * 70)}
         for shape in SHAPES:

@@ -49,6 +49,21 @@ def elementwise(rows: int, columns: int, *, dtype: torch.dtype, device: str, kl:
         "kl_normal_backward": lambda: OPS._kl_normal_backward([grad], *to_compare)}
 
 
+def look_up(table: int, columns: int, count: int, *, dtype: torch.dtype, device: str, kl: str = "analytic", samples: int = 1,
+            prior_tensors: bool = False, offsets: tuple[int, int] = (0, 0)) -> Calls:
+    """So many rows of a table [table, columns] for each draw, with the gradient of the whole table."""
+    factory = {"dtype": dtype, "device": device}
+    of_prior = packing.pack_priors(prior(table, columns, tensors=prior_tensors, **factory))
+    rows = [torch.randint(table, (samples * count,), device=device), torch.ones(table, dtype=torch.int64, device=device)]
+    arguments = packing.to_look_up([*posterior(table, columns, **factory)], rows, key(device), of_prior, "softplus", kl, samples, 0, "dense", 1.0,
+                                   *offsets)
+    grad_y = torch.randn(samples * count, columns, **factory)
+    one = torch.ones((), dtype=sum_type(dtype), device=device)
+    return {
+        "sample_rows": lambda: OPS._sample_rows(*arguments),
+        "sample_rows_backward": lambda: OPS._sample_rows_backward([grad_y, one], *arguments, None)}
+
+
 def linear(inputs: int, outputs: int, batch: int, *, dtype: torch.dtype, device: str,
            x_dtype: torch.dtype | None = None, kl: str = "analytic", samples: int = 1,
            prior_tensors: bool = False, offsets: tuple[int, int] = (0, 0)) -> Calls:

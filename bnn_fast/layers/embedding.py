@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..priors import Normal
-from .table import LookUp, Table, check_batch, check_integers, sample_of_each
+from .table import LookUp, Table, check_batch, check_integers
 
 _MODES = {"sum": 0, "mean": 1, "max": 2}
 _KL = """kl_rows: "all": the KL is that of the whole table, a pass of its own with a dense gradient. "batch": with gradients on it is
@@ -38,7 +38,8 @@ class VariationalEmbedding(Table):
     with several samples dimension 0 of the input is the batch repeated.
 
     Raises TypeError or ValueError where an argument does not fit, or the input is of another type, on another device, or not
-    divisible among the samples; IndexError, on the CPU, where it asks for a row that there is not.
+    divisible among the samples; IndexError, on the CPU, where it asks for a row that there is not. On CUDA, where nobody waits for a
+    look at the numbers, such a row is NaN and has no gradient; with the means torch's own embedding stops the device.
     """
     ordinary = nn.Embedding
 
@@ -82,7 +83,8 @@ class VariationalEmbeddingBag(Table):
     [S B, N]; of an input [T] the bags that offsets tell of, of whatever sizes.
 
     Raises TypeError or ValueError where an argument does not fit, or the input is of another type, on another device, or not
-    divisible among the samples; IndexError, on the CPU, where it asks for a row that there is not.
+    divisible among the samples; IndexError, on the CPU, where it asks for a row that there is not. On CUDA, where nobody waits for a
+    look at the numbers, such a row is NaN and has no gradient; with the means torch's own embedding stops the device.
     """
     ordinary = nn.EmbeddingBag
 
@@ -137,14 +139,14 @@ class VariationalEmbeddingBag(Table):
         places = torch.arange(rows.numel(), device=rows.device)
         used = places < offsets[-1] if self.include_last_offset else None
         if n_samples == 1 or bags == 0:
-            return LookUp(rows, sample_of_each(1, rows), bags, None, used)
+            return LookUp(rows, 1, None, bags, None, used)
         starts = offsets[:bags:bags // n_samples].long().contiguous()     # of the draws
-        samples = (torch.searchsorted(starts, places, right=True) - 1).clamp(min=0)
+        draws = (torch.searchsorted(starts, places, right=True) - 1).clamp(min=0)
         parts = None
         if self.scale_grad_by_freq:
             ends = [*starts.tolist()[1:], rows.numel()]
             parts = [end - start for start, end in zip((0, *ends), ends)]
-        return LookUp(rows, samples, bags, parts, used)
+        return LookUp(rows, n_samples, draws, bags, parts, used)
 
     def combine(self, rows: Tensor, input: Tensor, offsets: Tensor | None, per_sample_weights: Tensor | None) -> Tensor:
         places, padding = torch.arange(rows.shape[0], device=rows.device).view(input.shape), None

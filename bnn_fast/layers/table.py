@@ -8,9 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import checks
-from ..operators import reference
+from ..operators import arguments as packing
+from ..operators import autograd, raw, reference
 from . import steps
 from .base import VariationalLayer
+from .posterior import Pair
 
 _ROWS = {"all": 0, "batch": 1}
 
@@ -18,10 +20,27 @@ _ROWS = {"all": 0, "batch": 1}
 class LookUp(NamedTuple):
     """What a call asks for."""
     rows: Tensor                # int64 [T]
-    samples: Tensor             # int64 [T], or 0-d where all are of one: the draw of each
+    n_samples: int
+    draws: Tensor | None        # int64 [T], the draw of each; None where the draws have equal parts
     examples: int               # entries of the batch, those of all draws
     parts: list[int] | None     # lookups of each draw, where the gradient depends on them
     used: Tensor | None = None  # which are in any bag, None for all of them
+
+    def draw_of_each(self) -> Tensor:
+        """int64 [T], or 0-d where all are of one."""
+        if self.draws is not None:
+            return self.draws
+        if self.n_samples == 1:
+            return self.rows.new_zeros(())
+        return torch.arange(self.n_samples, device=self.rows.device).repeat_interleave(self.rows.numel() // self.n_samples)
+
+    def packed(self) -> list[Tensor]:
+        """What the operators take, one for all rows or one for each part."""
+        if self.draws is None and self.used is None and self.parts is None:
+            return [self.rows]
+        draws = self.draw_of_each() if self.used is None else self.draw_of_each().where(self.used, -1)
+        rows = torch.stack((self.rows, draws.expand_as(self.rows)))
+        return [rows] if self.parts is None else list(rows.split(self.parts, 1))
 
 
 class Table(VariationalLayer):
@@ -112,26 +131,49 @@ class Table(VariationalLayer):
         try:
             if mode.mean:
                 return self.compute({"weight": pair.mu}, input, *arguments)
-            key, asked = self._key(mode, self.device), self.asked(mode.n_samples, input, *arguments)
-            rows = reference.sample_rows(pair.mu, pair.rho, asked.rows, asked.samples, key, scale=self.scale, stream=pair.stream,
-                                         look_up=self._look_up(asked.parts))
+            key, asked = self._key(mode, pair.mu.device), self.asked(mode.n_samples, input, *arguments)
+            with_kl = self.kl_rows == "batch" and torch.is_grad_enabled() and not recomputed and not functorch
+            rows, kl = self._draw_rows(pair, key, asked, with_kl, compiling or functorch)
         except (IndexError, RuntimeError):
             self._check_range(input)
             raise
         if not recomputed and not functorch:
-            self._remember(self._registered(), key, mode.n_samples, None, compiling, asked if self.kl_rows == "batch" else None)
+            self._remember(self._registered((pair.mu, pair.rho)), key, mode.n_samples, kl, compiling,
+                           asked if self.kl_rows == "batch" else None)
         return self.combine(rows, input, *arguments)
 
     def asked(self, n_samples: int, input: Tensor, *arguments) -> LookUp:
         """What the call asks for; the draws have equal parts of dimension 0 of the input."""
         rows = input.reshape(-1).long()
         parts = [rows.numel() // n_samples] * n_samples
-        return LookUp(rows, sample_of_each(n_samples, rows), input.shape[0] if input.dim() else 1,
-                       parts if n_samples > 1 and self.scale_grad_by_freq else None)
+        return LookUp(rows, n_samples, None, input.shape[0] if input.dim() else 1,
+                      parts if n_samples > 1 and self.scale_grad_by_freq else None)
 
     def combine(self, rows: Tensor, input: Tensor, *arguments) -> Tensor:
         """The output, of the drawn rows [T, D]."""
         raise NotImplementedError
+
+    def _draw_rows(self, pair: Pair, key: Tensor, asked: LookUp, with_kl: bool, transformed: bool):
+        """(drawn rows [T, D], the estimate of the KL as `Record` keeps it)."""
+        if not raw.compiled_for(pair.mu.device):
+            return reference.sample_rows(pair.mu, pair.rho, asked.rows, asked.draw_of_each(), key, scale=self.scale, stream=pair.stream,
+                                         look_up=self._look_up(asked.parts)), None
+        found = [self._run(autograd.ROWS, (), arguments, transformed) for arguments in self._arguments(pair, key, asked, with_kl)]
+        rows = found[0][0] if len(found) == 1 else torch.cat([rows for rows, _ in found])
+        kls = tuple([kl for _, kl in found])
+        if not with_kl or None in kls:
+            return rows, None
+        return rows, tuple([kl * self._weight(asked) for kl in kls]) if transformed else kls
+
+    def _arguments(self, pair: Pair, key: Tensor, asked: LookUp, with_kl: bool) -> list[tuple]:
+        gradient = "sparse" if self.sparse else "by frequency" if self.scale_grad_by_freq else "dense"
+        counts = [self.row_counts] if with_kl else []
+        weight = self._weight(asked) if with_kl and not torch.compiler.is_compiling() else 1.0  # a number of a graph is a constant
+        return [packing.to_look_up([pair.mu, pair.rho], [rows, *counts], key, packing.pack_priors(pair.prior), self.scale,
+                                   self.kl if with_kl else None, asked.n_samples, pair.stream, gradient, weight) for rows in asked.packed()]
+
+    def _weight(self, asked: LookUp) -> float:
+        return self.n_data / max(asked.examples, 1)
 
     def _look_up(self, parts: list[int] | None) -> Callable[[Tensor, Tensor], Tensor]:
         def look_up(rows: Tensor, table: Tensor) -> Tensor:
@@ -145,9 +187,12 @@ class Table(VariationalLayer):
         if record.given is None or not torch.is_grad_enabled():
             return None
         asked, pair = record.given, self.pairs()[0]
-        kl = reference.rows_kl(pair.mu, pair.rho, asked.rows, asked.samples, record.key, prior=pair.prior, scale=self.scale,
+        if raw.compiled_for(pair.mu.device):
+            kls = [autograd.ROWS.apply(*arguments)[1] for arguments in self._arguments(pair, record.key, asked, True)]
+            return sum(kls[1:], kls[0]) * (self._weight(asked) if torch.compiler.is_compiling() else 1.0)
+        kl = reference.rows_kl(pair.mu, pair.rho, asked.rows, asked.draw_of_each(), record.key, prior=pair.prior, scale=self.scale,
                                kl=self.kl, stream=pair.stream, look_up=lambda rows, table: F.embedding(rows, table, sparse=self.sparse))
-        weight = self.n_data / (max(asked.examples, 1) * self.row_counts[asked.rows].double())
+        weight = self._weight(asked) / self.row_counts[asked.rows].double()
         weight = weight.masked_fill(kl.detach() == 0, 0.0)  # padding that was not counted is no 0 * inf
         if asked.used is not None:
             weight = weight.masked_fill(~asked.used, 0.0)
@@ -176,13 +221,6 @@ class Table(VariationalLayer):
     def extra_repr(self) -> str:
         kl_rows = () if self.kl_rows == "all" else (f"kl_rows={self.kl_rows!r}",)
         return ", ".join((self.ordinary.extra_repr(self), *kl_rows, super().extra_repr()))
-
-
-def sample_of_each(n_samples: int, rows: Tensor) -> Tensor:
-    """The draw of each of the rows, which are the draws' in equal parts."""
-    if n_samples == 1:
-        return rows.new_zeros(())
-    return torch.arange(n_samples, device=rows.device).repeat_interleave(rows.numel() // n_samples)
 
 
 def check_integers(name: str, value, device: torch.device) -> None:

@@ -12,10 +12,13 @@ from .. import checks
 from ..priors import Normal
 
 KL, N_SAMPLES, ESTIMATOR = 2, 3, 7  # where they are among the options of what draws
+GRADIENT = 7          # and of rows that are looked up
+GRADIENTS = {"dense": 0, "sparse": 1, "by frequency": 2}
 SHARED, LAYERS = 4, 5  # and of a chain
-KEPT = 2 ** 20        # elements of drawn weights that a chain keeps for its backward: kKept in csrc/cpu/chain.cpp
+KEPT = 2 ** 20        # elements that a chain, and rows that are looked up, keep for the backward: kKept in csrc/cpu/launch.h
 REDUCE = 2            # and among those of the KL without a draw
 PAIR = ("mu", "rho")  # names of the posterior's tensors, as errors call them
+LOOK_UP = ("rows", "counts")
 LAYER = ("weight_mu", "weight_rho", "bias_mu", "bias_rho")
 NOISY = ("weight_mu", "weight_sigma", "bias_mu", "bias_sigma")
 
@@ -46,6 +49,15 @@ def to_draw(posterior: list[Tensor], key: Tensor, prior: Prior, scale: str, kl: 
     return (posterior, key, prior.tensors, prior.numbers,
             [checks.SCALES[scale], prior.places, checks.KLS[kl], n_samples, stream, row_offset, column_offset]
             + ([] if estimator == "weight" else [checks.ESTIMATORS[estimator]]))
+
+
+def to_look_up(posterior: list[Tensor], look_up: list[Tensor], key: Tensor, prior: Prior, scale: str, kl: str | None, n_samples: int,
+               stream: int, gradient: str, weight: float = 1.0, row_offset: int = 0, column_offset: int = 0) -> tuple:
+    """The arguments of rows that are looked up. look_up: rows, int64 [T] in equal parts of the draws or [2, T] with the draw of each, and
+    maybe counts. The KL of a row counts `weight`, divided by the row's counts, every time.
+    """
+    posterior, key, tensors, numbers, options = to_draw(posterior, key, prior, scale, kl, n_samples, stream, row_offset, column_offset)
+    return posterior, look_up, key, tensors, [*numbers, weight], [*options, GRADIENTS[gradient]]
 
 
 class Link(NamedTuple):

@@ -180,4 +180,5 @@ if raw.HAS_EXTENSION:
     ESTIMATED = Operator(raw.estimated_linear, raw.estimated_linear_backward, packing.LAYER, has_x=True, draws=True, keeps=True)
     CHAIN = Operator(raw.variational_chain, raw.variational_chain_backward, (), has_x=True, draws=True, keeps=True)
     SAMPLE = Operator(raw.sample_normal, raw.sample_normal_backward, packing.PAIR, has_x=False, draws=True)
+    ROWS = Operator(raw.sample_rows, raw.sample_rows_backward, packing.PAIR, has_x=False, draws=True, keeps=True)
     KL = Operator(raw.kl_normal, raw.kl_normal_backward, packing.PAIR, has_x=False, draws=False)

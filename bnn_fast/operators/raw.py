@@ -69,6 +69,8 @@ def _has_cuda_kernels() -> bool:
 if HAS_EXTENSION:
     sample_normal = torch.ops.bnn_fast._sample_normal.default
     sample_normal_backward = torch.ops.bnn_fast._sample_normal_backward.default
+    sample_rows = torch.ops.bnn_fast._sample_rows.default
+    sample_rows_backward = torch.ops.bnn_fast._sample_rows_backward.default
     kl_normal = torch.ops.bnn_fast._kl_normal.default
     kl_normal_backward = torch.ops.bnn_fast._kl_normal_backward.default
     variational_linear = torch.ops.bnn_fast._variational_linear.default
@@ -108,6 +110,24 @@ if HAS_EXTENSION:
     def _(grads, posterior, key, prior, numbers, options):
         _together(arguments.PAIR, posterior, prior, key=key, grad_weight=grads[0], grad_kl=grads[1])
         return _like(posterior)
+
+    @torch.library.register_fake("bnn_fast::_sample_rows")
+    def _(posterior, look_up, key, prior, numbers, options):
+        mu = _together(arguments.PAIR, posterior, prior, key=key, **dict(zip(arguments.LOOK_UP, look_up)))
+        shape, sum_of_kl = (look_up[0].shape[-1], mu.shape[1]), _scalar(mu)
+        keeps = mu.device.type != "cuda" and shape[0] * shape[1] <= arguments.KEPT
+        return (mu.new_empty(shape), sum_of_kl if options[arguments.KL] else sum_of_kl.new_empty((0,)),
+                sum_of_kl.new_empty(shape if keeps else (0,)))
+
+    @torch.library.register_fake("bnn_fast::_sample_rows_backward")
+    def _(grads, posterior, look_up, key, prior, numbers, options, kept):
+        mu = _together(arguments.PAIR, posterior, prior, key=key, grad_y=grads[0], grad_kl=grads[1], kept=kept,
+                       **dict(zip(arguments.LOOK_UP, look_up)))
+        if options[arguments.GRADIENT] != arguments.GRADIENTS["sparse"]:
+            return _like(posterior)
+        rows = look_up[0] if look_up[0].dim() == 1 else look_up[0][0]
+        values = (mu.new_empty((rows.shape[0], mu.shape[1])) for _ in posterior)
+        return [torch.ops.aten.embedding_sparse_backward(v, rows, mu.shape[0], -1, False) for v in values]
 
     @torch.library.register_fake("bnn_fast::_kl_normal")
     def _(posterior, prior, numbers, options):

@@ -170,8 +170,6 @@ def sample_rows(mu, rho, rows, samples, key, *, scale="softplus", stream=0, look
     [..., D] in mu's dtype. A row asked for twice is the same twice.
 
     rows, samples: int64 [...] that broadcast. look_up(rows, table) gives the rows of a table, and by its gradient decides on that.
-
-    This is the place of a kernel, and of the gradient of one.
     """
     return _sample_rows(mu, rho, rows, samples, key, scale, stream, look_up)[1].to(mu.dtype)
 

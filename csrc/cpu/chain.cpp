@@ -7,9 +7,6 @@
 namespace bnn_fast {
 namespace {
 
-// Drawn weights of all samples that a forward keeps for its backward, or has at a time: 4 MiB of float32.
-constexpr int64_t kKept = int64_t(1) << 20;
-
 class Chain {
  public:
   Chain(const ChainArguments& a, const Tensor& like) : a(a), like(like), wide(like.scalar_type() == ScalarType::Double) {

@@ -44,10 +44,15 @@ template <class F> struct GradientSpan {
   GradientSpan(const Posterior& p, int divergence, int64_t samples, const KlGradient& grad_kl, int estimator = kWeight)
       : p(p), divergence(grad_kl.data ? divergence : int(kNone)), samples(samples), grad_kl(grad_kl), estimator(estimator), prior(p.prior), noise(p) {
     if (grad_kl.data && !grad_kl.elementwise) {
-      S value;
-      convert_from(grad_kl.data, grad_kl.type, 0, 1, &value);
-      for (int i = 0; i < kTile; ++i) factor_scratch[i] = value;
+      convert_from(grad_kl.data, grad_kl.type, 0, 1, &number);
+      weigh(1);
     }
+  }
+
+  // From now on the gradient that reaches the KL, a number, counts so much.
+  void weigh(double weight) {
+    S value = number == 0 ? S(0) : static_cast<S>(number * weight);  // a KL of weight 0 adds nothing
+    for (int i = 0; i < kTile; ++i) factor_scratch[i] = value;
   }
 
   // sigma, and in units (posterior.h) sigma' and the KL's own part of the gradient by rho.
@@ -164,6 +169,7 @@ template <class F> struct GradientSpan {
 
  private:
   const S* factor;  // the gradient that reaches the KL
+  S number = 0;     // where it is one
   Tile<F> mu_scratch, rho_scratch, factor_scratch;
 
   // "local" draws weights for the sampled KL alone.

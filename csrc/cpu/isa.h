@@ -7,6 +7,7 @@
 #include "factorised_linear.h"
 #include "linear.h"
 #include "narrow.h"
+#include "rows.h"
 
 BNN_FAST_BEGIN
 
@@ -17,6 +18,8 @@ void by_type(const Problem& problem, int64_t begin, int64_t end) {
     is_wide = problem.wide;
   else if constexpr (requires { problem.weight.type; })
     is_wide = problem.weight.type == Type::kFloat64;
+  else if constexpr (requires { problem.type; })
+    is_wide = problem.type == Type::kFloat64;
   else
     is_wide = problem.posterior.type == Type::kFloat64;
   (is_wide ? wide : narrow)(problem, begin, end);
@@ -27,6 +30,9 @@ template <class F> constexpr CpuKernels make_kernels(const char* name) {
           Lane<F>::width,
           by_type<SampleForward, sample_forward<F>, sample_forward<double>>,
           by_type<SampleBackward, sample_backward<F>, sample_backward<double>>,
+          by_type<RowsForward, rows_forward<F>, rows_forward<double>>,
+          by_type<RowsBackward, rows_backward<F>, rows_backward<double>>,
+          by_type<RowsAdded, rows_added<float>, rows_added<double>>,
           by_type<KlElements, kl_elements<F>, kl_elements<double>>,
           by_type<Pack, pack_vectors<F>, pack_vectors<double>>,
           by_type<LinearForward, linear_forward<F>, linear_forward<double>>,

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../problem.h"
+#include "../rows.h"
 
 namespace bnn_fast {
 
@@ -11,6 +12,9 @@ struct CpuKernels {
   int lanes;  // floats in a vector, the innermost extent of packed activations (doubles are always packed by one)
   void (*sample_forward)(const SampleForward&, int64_t begin, int64_t end);    // tasks: Tasks(posterior)
   void (*sample_backward)(const SampleBackward&, int64_t begin, int64_t end);  // tasks: Tasks(posterior)
+  void (*rows_forward)(const RowsForward&, int64_t begin, int64_t end);        // tasks: Tasks(count, posterior's columns)
+  void (*rows_backward)(const RowsBackward&, int64_t begin, int64_t end);      // tasks: Tasks(count, posterior's columns)
+  void (*rows_added)(const RowsAdded&, int64_t begin, int64_t end);            // tasks: of rows_per_task rows of the table
   void (*kl_elements)(const KlElements&, int64_t begin, int64_t end);          // tasks: Tasks(posterior)
   void (*pack)(const Pack&, int64_t begin, int64_t end);                       // tasks: vectors
   void (*linear_forward)(const LinearForward&, int64_t begin, int64_t end);    // tasks: kOutputsPerTask outputs

@@ -17,6 +17,10 @@ namespace bnn_fast {
 // threads 0.6 of the time on one, and beside two busy processes 0.3 to 0.8 (medians).
 constexpr int64_t kGrainWeights = 8192;
 
+// Elements, drawn weights of a chain or the noise of rows that are looked up, that a forward keeps for its backward, and a chain has at a
+// time: 4 MiB of float32. KEPT in bnn_fast/operators/arguments.py.
+constexpr int64_t kKept = int64_t(1) << 20;
+
 template <class Problem>
 void run(void (*kernel)(const Problem&, int64_t, int64_t), const Problem& problem, int64_t tasks, int64_t weights_per_task) {
   int64_t grain = weights_per_task > 0 ? (kGrainWeights + weights_per_task - 1) / weights_per_task : tasks;

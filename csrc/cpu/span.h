@@ -29,19 +29,22 @@ struct Span {
   uint32_t counter;  // of the first element
   int rows = 1;
   int pitch = 0;     // elements from one row to the next
+  const int64_t* at = nullptr;  // of rows that are looked up (rows.h), where each is in the tensors; null: from `row` on
+
+  BNN_FN int64_t row_of(int r) const { return at ? at[r] : row + r; }
 
   // Where the span's elements are, if they follow each other in a tensor [rows, columns].
   template <class S, class Data> BNN_FN S* in_place(Data* data, Type type, int64_t columns) const {
-    bool whole = rows == 1 ? first >= 0 && first + width <= columns : pitch == columns && rows * pitch == width;
-    return whole && type == type_of<S>() ? static_cast<S*>(data) + row * columns + first : nullptr;
+    bool whole = rows == 1 ? first >= 0 && first + width <= columns : !at && pitch == columns && rows * pitch == width;
+    return whole && type == type_of<S>() ? static_cast<S*>(data) + row_of(0) * columns + first : nullptr;
   }
 
   // Calls body(place in the span, place in the tensor, count) for the elements of each row that are in the tensor.
   template <class Body> BNN_FN void for_rows(int64_t columns, Body body) const {
     int low = first < 0 ? static_cast<int>(-first) : 0, end = rows == 1 ? width : pitch;
     int high = first + end > columns ? static_cast<int>(columns - first) : end;
-    if (rows > 1 && pitch == columns) return body(0, row * columns, rows * pitch);
-    for (int r = 0; r < rows && high > low; ++r) body(r * pitch + low, (row + r) * columns + first + low, high - low);
+    if (rows > 1 && pitch == columns && !at) return body(0, row * columns, rows * pitch);
+    for (int r = 0; r < rows && high > low; ++r) body(r * pitch + low, row_of(r) * columns + first + low, high - low);
   }
 };
 
@@ -169,7 +172,8 @@ struct SpanNoise {
   template <class F, class Use> BNN_FN void draw(const Span& span, int64_t sample, Use use) const {
     constexpr int W = Lane<F>::width;
     using UInt = typename Lane<F>::UInt;
-    auto row = static_cast<uint32_t>(row_offset + span.row);
+    const bool looked_up = span.rows > 1 && span.at;
+    auto row = static_cast<uint32_t>(row_offset + (looked_up ? 0 : span.row_of(0)));
     auto of_sample = first_sample + static_cast<uint32_t>(sample);
     auto all = [&]<bool many_rows>() __attribute__((always_inline)) {
       uint32_t in_row = many_rows ? static_cast<uint32_t>(span.pitch / 4) : 1;
@@ -184,6 +188,7 @@ struct SpanNoise {
           if (many_rows) {
             rows[n] = columns[n] * reciprocal >> 16;
             columns[n] -= rows[n] * in_row;
+            if (looked_up) rows[n] = look_up<UInt>(rows[n], span);
           }
           rows[n] += row;
           columns[n] += span.counter;
@@ -199,6 +204,16 @@ struct SpanNoise {
       all.template operator()<false>();
     else
       all.template operator()<true>();
+  }
+
+ private:
+  // The rows of these places in a span; of its padding some row of it.
+  template <class UInt> BNN_FN static UInt look_up(UInt places, const Span& span) {
+    uint32_t lanes[sizeof(UInt) / 4];
+    memcpy(lanes, &places, sizeof lanes);
+    for (uint32_t& lane : lanes) lane = static_cast<uint32_t>(span.at[lane < static_cast<uint32_t>(span.rows) ? lane : 0]);
+    memcpy(&places, lanes, sizeof lanes);
+    return places;
   }
 };
 
