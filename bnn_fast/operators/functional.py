@@ -49,7 +49,7 @@ def variational_linear(
             ((x s) (sigma eps)^T) r with signs s and r of every example (Wen et al., "Flipout: efficient pseudo-independent
             weight perturbations on mini-batches", 2018). They count their noise by the number of the example: a key [3] has
             that of the first of x in a whole batch as its third number. A sampled KL is that of the weights that
-            estimator="weight" would draw. On CUDA they run in plain PyTorch.
+            estimator="weight" would draw.
 
     Returns:
         y [..., out] in x's dtype (the autocast dtype under autocast), and the KL or None.
@@ -69,7 +69,7 @@ def variational_linear(
     n_samples, _, row_offset, column_offset = checks.noise_place(*weight_mu.shape, n_samples, 0, row_offset, column_offset)
     x = autocast(x)
     checks.linear_input(x, weight_mu, n_samples)
-    if not (raw.compiled_for if estimator == "weight" else raw.estimates_on)(x.device):
+    if not raw.compiled_for(x.device):
         return plain_linear(
             x, weight_mu, weight_rho, bias_mu, bias_rho, key, prior=prior, bias_prior=bias_prior, scale=scale,
             kl=kl, n_samples=n_samples, row_offset=row_offset, column_offset=column_offset, estimator=estimator)

@@ -3,6 +3,7 @@
 #include "linear.h"
 #include "sample_normal.h"
 #include "stream.h"
+#include "sum_values.h"
 
 namespace bnn_fast {
 namespace {

@@ -19,12 +19,15 @@ UNREACHABLE = [
     (r"<\(.*Type\)3, ", INNER + r"(Type::kBFloat16|<< 16)", "with x in float16 no parameter is bfloat16"),
     (r", 64>", r"members > 1|s < samples|at\.member < problem\.samples|s < problem\.samples", "batches over 16 have one sample"),
     ("", r"grad_kl\.(data|type)|load_element<\w+>\(data, type, 0\)", "the KL's gradient has the type that is computed in"),
-    (r"forward_kernel|finish|parts|small|backward_kernel<\(", r"if \(!p\.key\)", "layers have a key"),
+    (r"forward_kernel|finish|parts|small|backward_kernel<[(12]", r"if \(!p\.key\)", "layers have a key"),
     (r"finish|sample_backward|small_gradient", r"^quad\.cuh:\d+ if \(type == Type::kBFloat16\)(?!.* <- )", "so it has"),
     (r"<\(.*Type\)[23], ", INNER + r" : outside;$", "conversions from the other type of 16 bits"),
-    (r"backward_kernel<.*(0, 4|, 64)>", r"i \+= kThreads\) \{ <- .*kVector", "a stage has at most one vector a thread"),
+    (r"backward_kernel<.*(0, 4|, 64)>|kernel<[12], ", r"i \+= kThreads\) \{ <- .*kVector", "a stage has at most one vector a thread"),
+    (r"backward_kernel<[12], 4>|forward_kernel<[12], 4>", r"i \+= kThreads\) \{ <- .*int, 1>", "nor more than one element"),
     ("double", r"double (log_lane|exp_lane|exp_minus)|log\(|exp\(", "CUDA's own functions at the ends of their range"),
     ("finish", r"/ problem\.batch|problem\.samples \* problem\.batch|% quads", "division of numbers above 2^32"),
+    ("outputs_kernel|signs_kernel", r"ActivationQuad|quads, counter|% problem\.outputs", "the same"),
+    ("outputs_kernel<double>", r"part < problem\.parts", "the fused kernels, whose sums have parts, take no float64"),
     ("sample", r"if \(problem\.weight\)", "a pass that draws has somewhere to draw to"),
 ]
 
