@@ -17,8 +17,6 @@ from . import autograd, raw, reference
 
 __all__ = ["variational_linear", "noisy_linear", "sample_normal", "kl_normal"]
 
-_WITHOUT_NOISY = ("cuda",)  # devices with compiled operators but for noisy_linear's: its normals are drawn by one, all else is torch's
-
 
 def variational_linear(
         x: Tensor, weight_mu: Tensor, weight_rho: Tensor, bias_mu: Tensor | None, bias_rho: Tensor | None,
@@ -101,12 +99,6 @@ def noisy_linear(x: Tensor, weight_mu: Tensor, weight_sigma: Tensor, bias_mu: Te
     given = x, weight_mu, weight_sigma, bias_mu, bias_sigma
     if not raw.compiled_for(x.device):
         return without_autocast(x.device.type, reference.noisy_linear, *given, key, row_offset=row_offset, column_offset=column_offset)
-    if x.device.type in _WITHOUT_NOISY:
-        def noise(n, stream, offset):
-            zeros = weight_mu.new_zeros(n, dtype=torch.promote_types(weight_mu.dtype, torch.float32))
-            return sample_normal(zeros, zeros, key, scale="exp", kl=None, stream=stream, column_offset=offset)[0]
-
-        return without_autocast(x.device.type, reference.noisy_linear_under, noise, *given, row_offset, column_offset)
     posterior = [t for t in given[1:] if t is not None]
     arguments = packing.to_draw(posterior, key, packing.pack_priors(*(Normal(),) * (len(posterior) // 2)), "identity", None, 1,
                                 reference.NOISY_STREAM, row_offset, column_offset)

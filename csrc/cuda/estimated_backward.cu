@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) backward_kernel
       for (int h = 0; h < 2; ++h) {
         TileQuad quad = quad_in(h);
         float q[4], eps[4], by_rho[4];
-        if constexpr (estimator == kFlipout) noise.draw<float>(0, row + h * 8, column / 4, eps);
+        if constexpr (estimator == kFlipout) noise.normals<float>(0, row + h * 8, column / 4, eps);
         with_scale(p.scale, [&]<int scale>() {
           Spread<float> spreads[4];
           BNN_UNROLL

@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) forward_kernel(
         float mu[4], rho[4], q[4], eps[4];
         load_quad<float>(p.mu, p.type, quad, 0.0f, mu);
         load_quad<float>(p.rho, p.type, quad, -INFINITY, rho);
-        if constexpr (estimator == kFlipout) noise.draw<float>(0, row + h * 8, counter, eps);
+        if constexpr (estimator == kFlipout) noise.normals<float>(0, row + h * 8, counter, eps);
         with_scale(p.scale, [&]<int scale>() {
           Spread<float> spreads[4];
           BNN_UNROLL

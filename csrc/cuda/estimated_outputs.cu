@@ -16,7 +16,6 @@ namespace bnn_fast {
 namespace {
 
 constexpr int kThreads = 256;
-template <class F> constexpr Type kTypeOf = sizeof(F) == 8 ? Type::kFloat64 : Type::kFloat32;
 
 // A thread's quad of activations [samples, examples, columns].
 struct ActivationQuad {

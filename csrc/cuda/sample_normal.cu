@@ -192,8 +192,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor<F, AnyQuad>)
     });
     if (problem.estimator != kWeight && problem.grad_weight) {
       F of_mu[4], second[4] = {};
-      load_quad<F>(problem.grad_weight, problem.weight_type, q, F(0), of_mu);
-      if (local) load_quad<F>(problem.grad_second, problem.weight_type, q, F(0), second);
+      load_quad<F>(problem.grad_weight, kTypeOf<F>, q, F(0), of_mu);
+      if (local) load_quad<F>(problem.grad_second, kTypeOf<F>, q, F(0), second);
       for (int k = 0; k < 4; ++k) {
         d_mu[k] += of_mu[k];
         d_rho[k] = fma_lane(times(second[k], sigma[k]), d_sigma[k], d_rho[k]);

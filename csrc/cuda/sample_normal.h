@@ -1,4 +1,4 @@
-// Launchers of sample_normal.cu: raw pointers, sizes and a stream; no torch.
+// Launchers of sample_normal.cu and factors.cu: raw pointers, sizes and a stream; no torch.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -15,6 +15,9 @@ int64_t bnn_fast_cuda_sample_forward_blocks(const SampleForward* problem);
 cudaError_t bnn_fast_cuda_sample_forward(const SampleForward* problem, void* stream);
 cudaError_t bnn_fast_cuda_sample_backward(const SampleBackward* problem, void* stream);
 cudaError_t bnn_fast_cuda_kl_elements(const KlElements* problem, void* stream);
+
+// f(e) of a posterior's normals, which has one row and neither mu nor rho.
+cudaError_t bnn_fast_cuda_factors(const Posterior* normals, void* factors, void* stream);
 
 }
 
