@@ -51,7 +51,7 @@ def elementwise(rows: int, columns: int, *, dtype: torch.dtype, device: str, kl:
 
 def linear(inputs: int, outputs: int, batch: int, *, dtype: torch.dtype, device: str,
            x_dtype: torch.dtype | None = None, kl: str = "analytic", samples: int = 1,
-           prior_tensors: bool = False, offsets: tuple[int, int] = (0, 0)) -> Calls:
+           prior_tensors: bool = False, offsets: tuple[int, int] = (0, 0), ops=OPS) -> Calls:
     """The linear layer on x [samples * batch, inputs] of x_dtype, or else of the parameters' dtype."""
     factory = {"dtype": dtype, "device": device}
     pairs = [*posterior(outputs, inputs, **factory), *posterior(outputs, **factory)]
@@ -61,14 +61,15 @@ def linear(inputs: int, outputs: int, batch: int, *, dtype: torch.dtype, device:
     x = torch.randn(samples * batch, inputs, dtype=x_dtype or dtype, device=device)
     grad_y = torch.randn(samples * batch, outputs, dtype=x.dtype, device=device)
     grad_kl = torch.ones((), dtype=sum_type(dtype), device=device)
-    backward = OPS._variational_linear_backward
+    backward = ops._variational_linear_backward
     return {
-        "variational_linear": lambda: OPS._variational_linear(x, *to_draw),
+        "variational_linear": lambda: ops._variational_linear(x, *to_draw),
         "variational_linear_backward": lambda: backward([grad_y, grad_kl], x, *to_draw, True)}
 
 
 def estimated(inputs: int, outputs: int, batch: int, *, estimator: str, dtype: torch.dtype, device: str,
-              x_dtype: torch.dtype | None = None, kl: str = "analytic", samples: int = 1, prior_tensors: bool = False) -> Calls:
+              x_dtype: torch.dtype | None = None, kl: str = "analytic", samples: int = 1, prior_tensors: bool = False,
+              ops=OPS) -> Calls:
     """The linear layer by the estimators "local" and "flipout"."""
     factory = {"dtype": dtype, "device": device}
     pairs = [*posterior(outputs, inputs, **factory), *posterior(outputs, **factory)]
@@ -78,10 +79,10 @@ def estimated(inputs: int, outputs: int, batch: int, *, estimator: str, dtype: t
     x = torch.randn(samples * batch, inputs, dtype=x_dtype or dtype, device=device)
     grad_y = torch.randn(samples * batch, outputs, dtype=x.dtype, device=device)
     grad_kl = torch.ones((), dtype=sum_type(dtype), device=device)
-    kept = OPS._estimated_linear(x, *to_draw)[2]
-    backward = OPS._estimated_linear_backward
+    kept = ops._estimated_linear(x, *to_draw)[2]
+    backward = ops._estimated_linear_backward
     return {
-        "estimated_linear": lambda: OPS._estimated_linear(x, *to_draw),
+        "estimated_linear": lambda: ops._estimated_linear(x, *to_draw),
         "estimated_linear_backward": lambda: backward([grad_y, grad_kl], x, *to_draw, True, kept)}
 
 
@@ -124,13 +125,14 @@ class Case(NamedTuple):
     def dtype(self) -> torch.dtype:
         return torch.bfloat16 if self.type == "bfloat16" else torch.float32
 
-    def calls(self, device: str) -> Calls:
+    def calls(self, device: str, ops=OPS) -> Calls:
+        """ops: those of a linear layer that are called."""
         options = {"dtype": self.dtype, "device": device, "samples": self.samples}
         if not self.batch:
             return elementwise(self.outputs, self.inputs, **options)
         if self.estimator != "weight":
-            return estimated(self.inputs, self.outputs, self.batch, estimator=self.estimator, **options)
-        return linear(self.inputs, self.outputs, self.batch, **options)
+            return estimated(self.inputs, self.outputs, self.batch, estimator=self.estimator, ops=ops, **options)
+        return linear(self.inputs, self.outputs, self.batch, ops=ops, **options)
 
     @contextlib.contextmanager
     def precision(self) -> Iterator[None]:
