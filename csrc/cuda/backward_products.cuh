@@ -59,22 +59,42 @@ template <int kBatch> struct Products<Type::kFloat32, kBatch> {
     }
   }
 
-  // dx, of a tile in shared memory
+  // dx, of a tile in shared memory. Of one row of x every lane takes its own quads, and gather() adds these up.
   __device__ void back(const float4* w, const float* g, const Place& at) {
-    BNN_UNROLL
-    for (int o = 0; o < kSide; o += 4) {
-      float rows[4][4];
+    if constexpr (kBatch == 1) {
       BNN_UNROLL
-      for (int j = 0; j < 4; ++j) unpack(w[(o + j) * 4 + at.t], rows[j]);
-      BNN_UNROLL
-      for (int i = 0; i < kRows; ++i) {
-        float outputs[4];
-        unpack(*reinterpret_cast<const float4*>(g + min(at.g + 8 * i, kBatch - 1) * kStride + o), outputs);
+      for (int h = 0; h < 2; ++h) {
+        float row[4], output = g[at.g + h * 8];
+        unpack(w[h * 32 + at.lane], row);
         BNN_UNROLL
-        for (int j = 0; j < 4; ++j)
-          BNN_UNROLL
-          for (int k = 0; k < 4; ++k) grad_x[i][k] = fma_lane(outputs[j], rows[j][k], grad_x[i][k]);
+        for (int k = 0; k < 4; ++k) grad_x[0][k] = fma_lane(output, row[k], grad_x[0][k]);
       }
+    } else {
+      BNN_UNROLL
+      for (int o = 0; o < kSide; o += 4) {
+        float rows[4][4];
+        BNN_UNROLL
+        for (int j = 0; j < 4; ++j) unpack(w[(o + j) * 4 + at.t], rows[j]);
+        BNN_UNROLL
+        for (int i = 0; i < kRows; ++i) {
+          float outputs[4];
+          unpack(*reinterpret_cast<const float4*>(g + min(at.g + 8 * i, kBatch - 1) * kStride + o), outputs);
+          BNN_UNROLL
+          for (int j = 0; j < 4; ++j)
+            BNN_UNROLL
+            for (int k = 0; k < 4; ++k) grad_x[i][k] = fma_lane(outputs[j], rows[j][k], grad_x[i][k]);
+        }
+      }
+    }
+  }
+
+  // Once, behind all tiles.
+  __device__ void gather() {
+    if constexpr (kBatch == 1) {
+      BNN_UNROLL
+      for (int k = 0; k < 4; ++k)
+        BNN_UNROLL
+        for (int lanes = 4; lanes < 32; lanes *= 2) grad_x[0][k] += __shfl_xor_sync(kAllLanes, grad_x[0][k], lanes);
     }
   }
 

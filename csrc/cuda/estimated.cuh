@@ -28,7 +28,9 @@ template <int estimator> __device__ __forceinline__ float by_sigma_of(float seco
 // Calls launch<estimator, kBatch>().
 template <class Launch> cudaError_t with_estimator_and_batch(int estimator, int64_t batch, Launch launch) {
   auto with_batch = [&]<int of>() {
-    return padded_batch(batch) == 4 ? launch.template operator()<of, 4>() : launch.template operator()<of, int(kEstimatedBatch)>();
+    return padded_batch(batch) == 1   ? launch.template operator()<of, 1>()
+           : padded_batch(batch) == 4 ? launch.template operator()<of, 4>()
+                                      : launch.template operator()<of, int(kEstimatedBatch)>();
   };
   return estimator == kLocal ? with_batch.template operator()<kLocal>() : with_batch.template operator()<kFlipout>();
 }

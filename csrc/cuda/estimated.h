@@ -71,7 +71,7 @@ struct Signs {
 
 // What the fused kernels take, and of those that they are made for the fewest rows that hold a batch.
 constexpr int64_t kEstimatedBatch = 16;
-inline int64_t padded_batch(int64_t batch) { return batch <= 4 ? 4 : kEstimatedBatch; }
+inline int64_t padded_batch(int64_t batch) { return batch == 1 ? 1 : batch <= 4 ? 4 : kEstimatedBatch; }
 
 extern "C" {
 

@@ -111,6 +111,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) backward_kernel
   }
 
   if (!problem.grad_x) return;
+  first.gather();
+  second.gather();
   float* grad_x = problem.grad_x + blockIdx.y * problem.batch * p.columns;
   BNN_UNROLL
   for (int i = 0; i < first.kRows; ++i) {

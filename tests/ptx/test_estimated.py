@@ -17,7 +17,7 @@ from ptx.operators import MULTIPROCESSORS
 ESTIMATORS = ("local", "flipout")
 KEY = torch.tensor([0x123456789ABCDEF, 3, 70])  # x begins at row 70
 ALIGNED, UNALIGNED = (36, 72), (35, 71)  # outputs, inputs: more than a tile of either, and not all of the last one
-FEW, MANY = 3, 13  # rows, for each of which there are kernels
+ONE, FEW, MANY = 1, 3, 13  # rows, for each of which there are kernels
 LARGE = 21  # more than the fused kernels take
 NAMES = ("y", "kl", "x", "weight_mu", "weight_rho", "bias_mu", "bias_rho")
 
@@ -86,7 +86,7 @@ def estimator(request):
     return request.param
 
 
-@pytest.mark.parametrize("batch", [FEW, MANY])
+@pytest.mark.parametrize("batch", [ONE, FEW, MANY])
 def test_every_scale_type_and_kl(estimator, batch, cuda_ops):
     for i, (scale, dtype) in enumerate(itertools.product(SCALES, (torch.float32, *HALVES))):
         options = dict(scale=scale, dtype=dtype, bias=i % 3 > 0, kl="analytic" if (i + i // 3) % 3 else None)
@@ -127,14 +127,14 @@ def test_awkward_shapes_and_samples(estimator, outputs, inputs, cuda_ops):
 def test_any_number_of_multiprocessors(estimator, multiprocessors, interpreted):
     interpreted.runtime.stand_in_set_multiprocessors(multiprocessors)
     try:
-        for batch in (FEW, MANY):
-            check(interpreted, (130, 260 if batch == FEW else 257), (batch,), estimator)
+        for batch in (ONE, FEW, MANY):
+            check(interpreted, (130, 257 if batch == MANY else 260), (batch,), estimator)
     finally:
         interpreted.runtime.stand_in_set_multiprocessors(MULTIPROCESSORS)
 
 
 def test_which_kernels_run_and_the_same_bits_twice(estimator, interpreted):
-    for rows, n_samples, kl, kernels in ((4, 1, "analytic", both_ways(estimator, 4)), (16, 1, None, both_ways(estimator, 16)),
+    for rows, n_samples, kl, kernels in ((1, 1, "analytic", both_ways(estimator, 1)), (4, 1, "analytic", both_ways(estimator, 4)), (16, 1, None, both_ways(estimator, 16)),
                                          (17, 1, "analytic", set()), (16, 1, "sampled", set()),
                                          (4, 2, None, both_ways("local", 16) if estimator == "local" else set())):
         x, parameters = random(n_samples * rows, 70), layer((40, 70))
@@ -144,7 +144,7 @@ def test_which_kernels_run_and_the_same_bits_twice(estimator, interpreted):
         assert all(torch.equal(a, b) for a, b in zip(once, twice))
 
 
-@pytest.mark.parametrize("rows, kl", [(FEW, "analytic"), (MANY, "analytic"), (MANY, "sampled")])
+@pytest.mark.parametrize("rows, kl", [(ONE, "analytic"), (FEW, "analytic"), (MANY, "analytic"), (MANY, "sampled")])
 def test_gradients_of_either_alone_and_without_that_of_x(estimator, rows, kl, cuda_ops):
     shape = (19, 37)
     x, parameters = random(rows, 37, seed=2), layer(shape)
