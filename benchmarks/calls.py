@@ -1,7 +1,8 @@
 """What a call costs beside its arithmetic: steps of networks so small that little else is left, on one thread.
 
 A step is zero_grad, forward, KL, backward; of a network with Adam (fused) too, its loss written out or an ELBO. Beside the time
-stands what a step launches.
+stands what a step launches. A KL is a second number to differentiate, which torch charges for: "and a number" is nn.Linear's step with one
+that nothing was computed for.
 """
 from __future__ import annotations
 
@@ -22,6 +23,7 @@ from .providers import BASE
 from .step import shape_name, step
 
 LAYERS = [(1, 20, 1000), (1, 20, 1), (64, 64, 32)]
+DEPTH, WIDTH = 8, 20  # of a network whose step shows what each layer more costs
 NETWORK, ROWS = (13, 50, 1), 32
 
 
@@ -37,6 +39,15 @@ def without_nodes():
 def network(layer: Callable[..., nn.Module]) -> nn.Sequential:
     first, hidden, last = NETWORK
     return nn.Sequential(layer(first, hidden), nn.ReLU(), layer(hidden, last))
+
+
+def and_a_number(*shape: int, **factory) -> Case:
+    number = torch.ones((), requires_grad=True, **factory)
+    return step(nn.Linear(*shape[:2], **factory), lambda _: number, *shape, **factory)
+
+
+def deep(layer: Callable[..., nn.Module]) -> nn.Sequential:
+    return nn.Sequential(*[module for _ in range(DEPTH) for module in (layer(WIDTH, WIDTH), nn.ReLU())])
 
 
 def training(model: nn.Module, loss: Callable, **factory) -> Case:
@@ -98,13 +109,19 @@ def _measure(run: Run) -> dict[str, dict]:
         n_in, n_out, _ = shape
         linear = partial(step, nn.Linear(n_in, n_out, **factory), None, *shape, **factory)
         layer = partial(step, bf.VariationalLinear(n_in, n_out, **factory), bf.kl_divergence, *shape, **factory)
-        makers = {BASE: linear, "bnn_fast": layer}
+        makers = {BASE: linear, f"{BASE} and a number": partial(and_a_number, *shape, **factory), "bnn_fast": layer}
         if autograd.nodes is not None:
             makers["without nodes"] = partial(apart, layer)
         found[f"{shape_name(*shape)}, one thread"] = with_launches(makers, run)
 
     def variational(n_in, n_out):
         return bf.VariationalLinear(n_in, n_out, **factory)
+
+    shape = (WIDTH, WIDTH, ROWS)
+    makers = {BASE: lambda: step(deep(partial(nn.Linear, **factory)), None, *shape, **factory),
+              "bnn_fast": lambda: step(deep(variational), bf.kl_divergence, *shape, **factory),
+              "bnn_fast, Sequential": lambda: step(bf.fuse(deep(variational)), bf.kl_divergence, *shape, **factory)}
+    found[f"{DEPTH} layers of {WIDTH} x {WIDTH}, batch {ROWS}, one thread"] = with_launches(makers, run)
 
     def whole():
         return bf.ELBO(network(variational), bf.Gaussian().to(run.device), n_data=1000)

@@ -25,12 +25,14 @@ def environment(cuda: bool = False) -> dict[str, object]:
 
 
 def cpu() -> str:
+    """The processor's name, and its family, where the name of a virtual machine's tells nothing of its generation."""
     try:
         lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor()
-    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.machine())
+    fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    name = fields.get("model name", platform.machine())
+    return f"{name} family {fields['cpu family']}" if "cpu family" in fields else name
 
 
 def commit() -> str:

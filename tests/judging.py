@@ -191,7 +191,7 @@ def check_linear(
 ):
     """Judges the operators' results and gradients on these arguments, in the regime that is named."""
     if regime is not None:
-        expected = expected_regime(regime, x.dtype, ops)
+        expected = expected_regime(regime, x.dtype, ops, mu.numel())
         assert regime_of(x, mu, n_samples, ops) == expected, f"x {list(x.shape)}, weight {list(mu.shape)}"
     options = dict(
         prior=prior,

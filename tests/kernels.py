@@ -28,8 +28,17 @@ def regime_of(x: torch.Tensor, weight_mu: torch.Tensor, n_samples: int, ops=OPS)
     return REGIME_NAMES[ops._linear_regime(x, weight_mu, n_samples)]
 
 
-def expected_regime(regime: str, dtype: torch.dtype, ops=OPS) -> str:
-    """On the CPU only float32 has kernels for small layers, and only with vectors; others are drawn."""
+def outruns_gemm() -> bool:
+    """Whether the processor is one on which fused products outrun torch's GEMM at any batch."""
+    return regime_of(torch.empty(64, 256), torch.empty(256, 256), 1) == "fused"
+
+
+def expected_regime(regime: str, dtype: torch.dtype, ops=OPS, weights: int = 0) -> str:
+    """On the CPU only float32 has kernels for small layers, and only with vectors; others are drawn. On some processors float32
+    layers that are not small are fused in the place of drawn.
+    """
+    if regime == "drawn" and ops is OPS and dtype == torch.float32 and weights >= 1 << 13 and outruns_gemm():
+        return "fused"
     without = dtype != torch.float32 or build_info()["cpu_capability"] == "generic"
     return "drawn" if regime == "small" and ops is OPS and without else regime
 

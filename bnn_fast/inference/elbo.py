@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from .. import checks
 from ..layers.base import named_layers
 from .divergence import kl_of_pass
-from .likelihoods import mean_nll
+from .mean_nll import mean_nll
 from .passes import checked_output, checked_way, drawn
 from .sampling import Draws, checked_seed
 from .schedules import Steps

@@ -16,7 +16,7 @@ from .structure import call, given
 
 _HEAD = ("layer", "operator", "regime", "device", "why")
 _REGIMES = (("small", "at most 64 inputs and outputs: products straight from the rows"),
-            ("fused", "few rows for its weights: drawn tile by tile and never written"),
+            ("fused", "drawn tile by tile and never written, as its rows are few for its weights, or products here faster than the GEMM"),
             ("drawn", "many rows for its weights: drawn once, the products are the vendor's GEMM"))
 
 

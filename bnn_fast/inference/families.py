@@ -11,7 +11,7 @@ from torch.distributions import NegativeBinomial as _NegativeBinomial
 from torch.distributions import Poisson as _Poisson
 
 from .. import checks
-from .likelihoods import _check_tensors, _checked, _hidden, _rows, _shown
+from .likelihoods import _check_tensors, _checked, _hidden, _rows, shown
 
 __all__ = ["StudentTNoise", "LaplaceNoise", "Poisson", "NegativeBinomial"]
 
@@ -35,7 +35,7 @@ class Family(nn.Module):
 
     def forward(self, outputs: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
         _check_tensors(outputs, targets)
-        outputs = _shown(_checked(outputs, targets, targets.shape), _hidden(weights, targets.shape))
+        outputs = shown(_checked(outputs, targets, targets.shape), _hidden(weights, targets.shape))
         if self.counts:
             check_counts(targets)
         return _rows(self._nll(outputs, targets.to(outputs.dtype)), weights)

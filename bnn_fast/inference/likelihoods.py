@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import checks
-from .structure import sizes, with_rows
 
 __all__ = ["Gaussian", "HeteroscedasticGaussian", "Bernoulli", "Categorical"]
 
@@ -27,7 +26,7 @@ class Gaussian(nn.Module):
     `likelihood(outputs [S, B, ...], targets [B, ...]) -> NLL [S, B]`, summed over the outputs of a row.
     """
 
-    _made = None    # what `_fixed` gave
+    _made = None    # what `fixed` gave, and of what
 
     def __init__(self, scale: float = 1.0, learned: bool = False):
         super().__init__()
@@ -47,20 +46,16 @@ class Gaussian(nn.Module):
 
     def forward(self, outputs: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
         _check_tensors(outputs, targets)
-        outputs = _shown(_checked(outputs, targets, targets.shape), _hidden(weights, targets.shape))
-        if (fixed := self._fixed()) is not None:
-            _, _, square, offset = fixed
-            error = targets - outputs
-            return _rows(torch.addcmul(offset, error * square, error), weights)
+        outputs = shown(_checked(outputs, targets, targets.shape), _hidden(weights, targets.shape))
         half = _half(self.log_scale).clamp(max=math.log(torch.finfo(outputs.dtype).max) - 1.0)
         return _rows(_gaussian_nll(targets - outputs, self.log_scale, half), weights)
 
     def __getstate__(self) -> dict:
         return {name: value for name, value in self.__dict__.items() if name != "_made"}  # a copy's versions begin anew
 
-    def _fixed(self) -> tuple[Tensor, int, float, Tensor] | None:
-        """(log_scale, its version, 1 / (2 scale^2), log scale + log(2 pi) / 2) of a fixed scale, made once for all calls; None where
-        its tensor has to be looked at, or the square may not be a number.
+    def fixed(self) -> tuple[float, Tensor] | None:
+        """(1 / (2 scale^2), log scale + log(2 pi) / 2) of a fixed scale, made once for all calls; None where its tensor has to be
+        looked at.
         """
         scale = self.log_scale
         if (torch.compiler.is_compiling() or type(scale) is not Tensor or not scale.is_cpu or scale.is_inference()
@@ -68,9 +63,9 @@ class Gaussian(nn.Module):
             return None
         made = self._made
         if made is None or made[0] is not scale or made[1] != scale._version:
-            square = _half(scale).exp().double().item() ** 2
-            made = self._made = (scale, scale._version, square ** 2, _offset(scale))
-        return made if 1e-30 < made[2] < 1e30 else None
+            square = _half(scale).exp().double().item() ** 4
+            made = self._made = (scale, scale._version, (square, _offset(scale)))
+        return made[2]
 
     def extra_repr(self) -> str:
         return f"scale={self.scale.item():.6g}, learned={self.learned}"
@@ -88,7 +83,7 @@ class HeteroscedasticGaussian(nn.Module):
         expected = (*targets.shape[:-1], 2 * targets.shape[-1]) if targets.dim() > 1 else None
         outputs = _checked(outputs, targets, expected)
         hidden = _hidden(weights, targets.shape)
-        mean, log_variance = (_shown(part, hidden) for part in outputs.chunk(2, dim=-1))
+        mean, log_variance = (shown(part, hidden) for part in outputs.chunk(2, dim=-1))
         error, log_scale = targets - mean, 0.5 * log_variance
         # where there is no error its factor does not matter, and must not be infinite
         half = torch.where(error == 0.0, 0.0, _half(log_scale))
@@ -103,7 +98,7 @@ class Bernoulli(nn.Module):
 
     def forward(self, outputs: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
         _check_tensors(outputs, targets)
-        outputs = _shown(_checked(outputs, targets, targets.shape), _hidden(weights, targets.shape))
+        outputs = shown(_checked(outputs, targets, targets.shape), _hidden(weights, targets.shape))
         # -log p = softplus(f) - y f, where softplus is stable
         return _rows(F.softplus(outputs) - targets.to(outputs.dtype) * outputs, weights)
 
@@ -153,7 +148,7 @@ class Categorical(nn.Module):
         targets = self.classes_last(targets.unsqueeze(0)).squeeze(0) if soft else targets
         outputs = _checked(outputs, targets, targets.shape if soft else (*targets.shape, outputs.shape[-1]), hint)
         ignored = None if soft or self.ignore_index is None else targets == self.ignore_index
-        outputs = _shown(_shown(outputs, _hidden(weights, outputs.shape[1:-1])), ignored)
+        outputs = shown(shown(outputs, _hidden(weights, outputs.shape[1:-1])), ignored)
         log_probs = outputs if self.log_probs else outputs.log_softmax(-1)
         if soft:
             return _rows(-torch.where(targets == 0.0, 0.0, targets * log_probs).sum(-1), weights)
@@ -169,41 +164,6 @@ class Categorical(nn.Module):
     def extra_repr(self) -> str:
         return (f"log_probs={self.log_probs}" + (f", class_dim={self.class_dim}" if self.class_dim != -1 else "")
                 + (f", ignore_index={self.ignore_index}" if self.ignore_index is not None else ""))
-
-
-def mean_nll(likelihood, outputs, targets, weights: Tensor | None = None) -> Tensor:
-    """The mean over draws and rows of likelihood(outputs [S, B, ...], targets), which has to be [S, B].
-
-    weights: [B] for a weighted mean over the rows; or [B, ...], which the likelihood is given. Targets of no weight are not
-        looked at: they may be anything, also nan, and so may the outputs for them, whose gradient is 0.
-    """
-    size = sizes(outputs)
-    if weights is not None:
-        _check_weights(weights, size[-1])
-        if isinstance(targets, Tensor) and targets.shape[:weights.dim()] == weights.shape:
-            where = weights.reshape(*weights.shape, *(1,) * (targets.dim() - weights.dim()))
-            targets = torch.where(where == 0.0, torch.zeros((), dtype=targets.dtype, device=targets.device), targets)
-        if weights.dim() == 1:
-            outputs = with_rows(lambda t: _shown(t, weights == 0.0) if tuple(t.shape[:2]) == size else t, outputs)
-    of_elements = weights is not None and weights.dim() > 1
-    nll = likelihood(outputs, targets, weights) if of_elements else likelihood(outputs, targets)
-    if not isinstance(nll, Tensor) or tuple(nll.shape) != size:
-        given = f"outputs {list(outputs.shape)}" if isinstance(outputs, Tensor) else f"outputs {checks.describe(outputs)}"
-        raise ValueError(f"likelihood: expected it to give the NLL {list(size)} of each draw and row, for {given}, "
-                         f"given {checks.describe(nll)}")
-    if weights is None or of_elements:
-        return nll.mean()
-    weights = weights.to(nll.dtype)
-    return torch.where(weights == 0.0, 0.0, nll.mean(0) * weights).sum() / weights.sum().clamp(min=torch.finfo(nll.dtype).tiny)
-
-
-def _check_weights(weights, rows: int) -> None:
-    if not isinstance(weights, Tensor) or weights.is_complex():
-        raise TypeError(f"weights: expected a real tensor [{rows}], or of the targets' shape, given {checks.describe(weights)}")
-    if weights.dim() == 0 or weights.shape[0] != rows:
-        raise ValueError(f"weights: expected a tensor [{rows}], or of the targets' shape, given {checks.describe(weights)}")
-    if weights.is_cpu and not torch.compiler.is_compiling() and not (weights >= 0).all():  # on a GPU it would have to be waited for
-        raise ValueError(f"weights: expected no negative ones and no nan, given the least {weights.min().item()}")
 
 
 def _check_tensors(outputs, targets) -> None:
@@ -254,7 +214,7 @@ def _hidden(weights: Tensor | None, shape: torch.Size) -> Tensor | None:
     return weights == 0.0
 
 
-def _shown(outputs: Tensor, hidden: Tensor | None) -> Tensor:
+def shown(outputs: Tensor, hidden: Tensor | None) -> Tensor:
     """outputs [S, B, ...], 0 where they are hidden [B, ...]: their gradient is 0 then, also if they are nan, which 0 times them is too."""
     if hidden is None:
         return outputs

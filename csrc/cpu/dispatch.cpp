@@ -4,6 +4,10 @@
 #include <stdexcept>
 #include <string>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include "kernels.h"
 
 namespace bnn_fast {
@@ -31,7 +35,26 @@ const CpuKernels& choose() {
                            "', expected generic, avx2, avx512 or avx2x16, and one that this processor supports");
 }
 
+#if defined(__x86_64__)
+// The processor's family, as its maker numbers them: 0x1a is Zen 5.
+unsigned family() {
+  unsigned signature = 0, b, c, d;
+  __get_cpuid(1, &signature, &b, &c, &d);
+  unsigned base = signature >> 8 & 15;
+  return base == 15 ? base + (signature >> 20 & 255) : base;
+}
+#endif
+
 }  // namespace
+
+bool outruns_gemm() {
+#if defined(__x86_64__)
+  static const bool found = &cpu_kernels() == &kernels_avx512 && __builtin_cpu_is("amd") && family() >= 0x1a;
+  return found;
+#else
+  return false;
+#endif
+}
 
 const CpuKernels& cpu_kernels() {
   static const CpuKernels& kernels = choose();

@@ -55,8 +55,9 @@ class Estimated {
   }
 
   // Fused saves passes over what is as large as the weights; the GEMMs have the better rate where there are many rows. Measured on
-  // one busy core with AVX2 at 1024 x 1024, forward and backward: fused over GEMMs is 1.0 to 1.2 at 32 rows, 1.1 to 1.5 at 64.
-  bool fused() const { return rows_ <= 32; }
+  // one busy core with AVX2 at 1024 x 1024, forward and backward: fused over GEMMs is 1.0 to 1.2 at 32 rows, 1.1 to 1.5 at 64. Where
+  // products here outrun the GEMM, on two threads: 0.7 to 0.96 at 64 rows, 0.9 at 512, 1.0 to 1.1 at 1024; and 1.2 of 100 x 100 weights.
+  bool fused() const { return rows_ <= (p_.rows * p_.columns >= 1 << 16 && type_ == ScalarType::Float && outruns_gemm() ? 512 : 32); }
 
   // Rows of the activations that are of one example.
   int64_t per_example() const { return examples_ > 0 ? batch_ / examples_ : 0; }

@@ -45,7 +45,7 @@ template <class F, int R> struct RowsTo {
   }
 };
 
-template <class F, int R> inline void factorised_forward_rows(const LinearForward& problem, int64_t row, F* sums) {
+template <class F, int R> void factorised_forward_rows(const LinearForward& problem, int64_t row, F* sums) {
   using S = ScalarOf<F>;
   constexpr int W = Lane<F>::width;
   const Posterior& p = problem.weight;
@@ -73,11 +73,6 @@ template <class F, int R> inline void factorised_forward_rows(const LinearForwar
     }
     convert_to(y, R, problem.y, problem.y_type, b * p.rows + row);
   }
-}
-
-template <class F> void factorised_forward(const LinearForward& problem, int64_t row, F* sums) {
-  if (row + kRowBlock <= problem.weight.rows) return factorised_forward_rows<F, kRowBlock>(problem, row, sums);
-  for (; row < problem.weight.rows; ++row) factorised_forward_rows<F, 1>(problem, row, sums);
 }
 
 template <class F, int R, bool with_x>

@@ -184,6 +184,15 @@ template <class F> BNN_FN void store(typename Lane<F>::Scalar* p, F x) {
   }
 }
 
+// x, loaded once: GCC would load it again for each of its uses.
+template <class F> BNN_FN F in_register(F x) { return x; }
+#if BNN_FAST_VECTOR_BITS >= 512
+template <> BNN_FN f32x16 in_register(f32x16 x) {
+  __asm__("" : "+v"(x));
+  return x;
+}
+#endif
+
 // The sum of a vector's lanes, as a tree.
 BNN_FN float sum_lanes(float x) { return x; }
 BNN_FN double sum_lanes(double x) { return x; }

@@ -3,7 +3,7 @@
 //   forward    y_s[b, o] = sum_i x_s[b, i] w_s[o, i] + bias_s[o],   w_s = mu + sigma(rho) eps_s
 //   backward   dW_s = g_s^T x_s,  dx_s = g_s W_s;  dmu and drho from dW_s as in gradient.h
 //
-// Forward: a task owns kRowBlock outputs and walks all inputs, so each y is summed in one fixed order.
+// Forward: a task owns kOutputsPerTask outputs and walks all inputs, so each y is summed in one fixed order.
 // Backward: a task owns a block of inputs and walks all outputs: one pass over mu and rho draws the tile again, adds to
 // dx, forms the dW tile and writes dmu and drho; each dx is summed in output order, kOutputsPerSum at a time.
 //
@@ -29,11 +29,11 @@ BNN_FN void multiply_batch(const ScalarOf<F>* w, const ScalarOf<F>* x, int64_t s
   for (int b = 0; b < B; ++b)
     for (int r = 0; r < R; ++r) a[b][r] = splat<F>(0);
   for (int v = 0; v < vectors; ++v, x += stride * W) {
-    F row[R];
-    for (int r = 0; r < R; ++r) row[r] = load<F>(w + r * kTile + v * W);
-    for (int b = 0; b < B; ++b) {
-      F input = load<F>(x + b * W);
-      for (int r = 0; r < R; ++r) a[b][r] = fma_lane(row[r], input, a[b][r]);
+    F input[B];
+    for (int b = 0; b < B; ++b) input[b] = load<F>(x + b * W);
+    for (int r = 0; r < R; ++r) {
+      F row = in_register(load<F>(w + r * kTile + v * W));
+      for (int b = 0; b < B; ++b) a[b][r] = fma_lane(row, input[b], a[b][r]);
     }
   }
   for (int b = 0; b < B; ++b)
@@ -44,9 +44,13 @@ BNN_FN void multiply_batch(const ScalarOf<F>* w, const ScalarOf<F>* x, int64_t s
 template <class F, int R>
 inline void multiply_tile(const ScalarOf<F>* w, const ScalarOf<F>* x, int64_t stride, int64_t batch, int vectors, F* sums) {
   constexpr int W = Lane<F>::width;
-  constexpr int B = W == 16 ? 4 : 2;  // B * R sums and R weights stay in registers
+  constexpr int B = W < 16 ? 2 : R > 4 ? 3 : 4;  // B * R sums, B inputs and a weight stay in registers
   int64_t b = 0;
   for (; b + B <= batch; b += B) multiply_batch<F, R, B>(w, x + b * W, stride, vectors, sums + b * R);
+  if (b + 2 <= batch) {
+    multiply_batch<F, R, 2>(w, x + b * W, stride, vectors, sums + b * R);
+    b += 2;
+  }
   for (; b < batch; ++b) multiply_batch<F, R, 1>(w, x + b * W, stride, vectors, sums + b * R);
 }
 
@@ -97,8 +101,8 @@ inline void forward_rows(const LinearForward& problem, int64_t row, PriorSpan<F>
   }
 }
 
-// The same of a block of outputs from `row` on, and of the backward's, with factorised noise: factorised_linear.h
-template <class F> void factorised_forward(const LinearForward& problem, int64_t row, F* sums);
+// The same of R outputs from `row` on, and of the backward's, with factorised noise: factorised_linear.h
+template <class F, int R> void factorised_forward_rows(const LinearForward& problem, int64_t row, F* sums);
 template <class F, int R>
 void factorised_backward_rows(const LinearBackward& problem, int64_t row, int64_t begin, int64_t end, const ScalarOf<F>* g,
                               const ScalarOf<F>* x, ScalarOf<F>* grad_x);
@@ -108,31 +112,41 @@ template <class T> std::unique_ptr<T[], void (*)(T*)> aligned_array(int64_t n) {
   return {static_cast<T*>(p), [](T* q) { ::operator delete(q, std::align_val_t(64)); }};
 }
 
+// Outputs at a time: the more, the fewer times the batch is read; as many as have registers.
+template <class F> constexpr int kMostOutputs = Lane<F>::width == 16 ? 8 : 4;
+
+// Calls rows.operator()<R>() for the rows that are left, each of which calls take R.
+template <class F, class Left, class Rows> BNN_FN void by_row_blocks(Left left, Rows rows) {
+  while (left() >= kMostOutputs<F>) rows.template operator()<kMostOutputs<F>>();
+  if (left() >= 4) rows.template operator()<4>();
+  while (left() > 0) rows.template operator()<1>();
+}
+
 template <class F> inline void linear_forward(const LinearForward& problem, int64_t task_begin, int64_t task_end) {
   const Posterior& p = problem.weight;
   PriorSpan<F> prior(p.prior);
   SpanNoise noise(p);
-  int64_t size = p.column_factors ? 0 : kRowBlock * padded_columns<F>(p);
+  int64_t size = p.column_factors ? 0 : kOutputsPerTask * padded_columns<F>(p);
   auto sigma = aligned_array<ScalarOf<F>>(size);
   auto log_sigma = aligned_array<ScalarOf<F>>(problem.divergence == kSampled ? size : 0);
-  auto sums = aligned_array<F>(problem.batch * kRowBlock);
+  auto sums = aligned_array<F>(problem.batch * kOutputsPerTask);
   for (int64_t t = task_begin; t < task_end; ++t) {
     Sum<F> kl;
-    int64_t row = t * kRowBlock;
-    if (p.column_factors) {
-      factorised_forward<F>(problem, row, sums.get());
-    } else if (row + kRowBlock <= p.rows) {
-      forward_rows<F, kRowBlock>(problem, row, prior, noise, sigma.get(), log_sigma.get(), sums.get(), kl);
-    } else {
-      for (; row < p.rows; ++row) forward_rows<F, 1>(problem, row, prior, noise, sigma.get(), log_sigma.get(), sums.get(), kl);
-    }
+    int64_t row = t * kOutputsPerTask, end = row + kOutputsPerTask < p.rows ? row + kOutputsPerTask : p.rows;
+    by_row_blocks<F>([&] { return end - row; }, [&]<int R>() {
+      if (p.column_factors)
+        factorised_forward_rows<F, R>(problem, row, sums.get());
+      else
+        forward_rows<F, R>(problem, row, prior, noise, sigma.get(), log_sigma.get(), sums.get(), kl);
+      row += R;
+    });
     if (problem.kl) problem.kl[t] = kl.total();
   }
 }
 
 constexpr int64_t kGradientOutputs = 16;  // of grad_y at a time
 constexpr int64_t kOutputsPerSum = 128;   // of dx, summed by themselves first
-static_assert(kGradientOutputs % kRowBlock == 0 && kOutputsPerSum % kGradientOutputs == 0);
+static_assert(kGradientOutputs % kOutputsPerTask == 0 && kOutputsPerSum % kGradientOutputs == 0);
 
 // grad_weight[r] = sum_b g[b][r] x[b] and grad_x[b] += sum_r g[b][r] w[r] over a span; g has rows of kGradientOutputs, x and
 // grad_x each a stride of its own.
@@ -234,7 +248,8 @@ template <class F> inline void linear_backward(const LinearBackward& problem, in
   int64_t padded = padded_columns<F>(p), block = column_block(p.columns), all = problem.samples * problem.batch;
   int64_t shift = column_shift(p), x_rows = problem.shared ? problem.batch : all;
   auto gradient = [&] { return GradientSpan<F>(p, problem.divergence, problem.samples, problem.grad_kl); };
-  GradientSpan<F> gradients[kRowBlock] = {gradient(), gradient(), gradient(), gradient()};
+  GradientSpan<F> gradients[] = {gradient(), gradient(), gradient(), gradient(), gradient(), gradient(), gradient(), gradient()};
+  static_assert(std::size(gradients) >= kMostOutputs<F>);
   auto x = aligned_array<S>(block * x_rows), g = aligned_array<S>(kGradientOutputs * all);
   auto total = aligned_array<S>(problem.grad_x ? block * all : 0), part = aligned_array<S>(problem.grad_x ? block * all : 0);
   for (int64_t t = task_begin; t < task_end; ++t) {
@@ -248,16 +263,14 @@ template <class F> inline void linear_backward(const LinearBackward& problem, in
       for (int64_t b = 0; b < all; ++b)
         memcpy(g.get() + b * kGradientOutputs, static_cast<const S*>(problem.grad_y) + b * p.rows + row,
                sizeof(S) * static_cast<size_t>(stop - row));
-      auto rows = [&]<int R>() {
+      by_row_blocks<F>([&] { return stop - row; }, [&]<int R>() {
         const S* g_row = g.get() + (row - first);
         if (p.column_factors)
           factorised_backward_rows<F, R>(problem, row, begin, end, g_row, x.get(), sums);
         else
           backward_rows<F, R>(problem, row, begin, end, g_row, x.get(), sums, gradients);
         row += R;
-      };
-      while (row + kRowBlock <= stop) rows.template operator()<kRowBlock>();
-      while (row < stop) rows.template operator()<1>();
+      });
       if (row % kOutputsPerSum != 0 && row < p.rows) continue;
       for (int64_t i = 0; i < size; ++i) {
         total[i] += sums[i];

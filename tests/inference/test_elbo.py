@@ -10,6 +10,7 @@ from common import network, twin  # noqa: F401
 from torch import distributions, nn
 
 import bnn_fast as bf
+from bnn_fast.inference.mean_nll import mean_nll
 
 
 @pytest.fixture
@@ -198,6 +199,7 @@ def test_a_fixed_scale_may_change(dtype):
     def check(likelihood, scale):
         expected = -torch.distributions.Normal(outputs.double(), scale).log_prob(y.double()).sum(-1)
         torch.testing.assert_close(likelihood(outputs, y).double(), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(mean_nll(likelihood, outputs, y).double(), expected.mean(), rtol=1e-5, atol=1e-5)
 
     likelihood = bf.Gaussian(0.5)
     check(likelihood, 0.5)

@@ -34,6 +34,7 @@ def everything(regime: str) -> list[torch.Tensor]:
     """What must be bitwise repeatable: a layer's results, in the drawn regime its KL alone; noise and sigma."""
     results = []
     outputs, inputs, batch = SHAPES[regime]
+    regime = expected_regime(regime, torch.float32, weights=outputs * inputs)
     mu, rho = posterior(outputs, inputs)
     for n_samples, kl in ((1, "analytic"), (2, "sampled")):
         x = random(n_samples * batch, inputs)
