@@ -100,7 +100,8 @@ def test_every_scale_type_and_kl(estimator, batch, cuda_ops):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_by_gemms(estimator, dtype, cuda_ops):
     for i, (shape, rows, n_samples, kl) in enumerate([
-            (ALIGNED, (LARGE,), 1, "analytic"), (UNALIGNED, (LARGE,), 1, None), (UNALIGNED, (2, 17), 1, "sampled"), (ALIGNED, (6, 3), 3, "sampled"),
+            (ALIGNED, (LARGE,), 1, "analytic"), (UNALIGNED, (LARGE,), 1, None), (UNALIGNED, (2, 17), 1, "sampled"),
+            (ALIGNED, (6, 3), 3, "sampled"),
             (UNALIGNED, (42,), 2, "analytic"), (ALIGNED, (4,), 2, "sampled")]):
         scale = ("softplus", "exp", "square")[i % 3]
         check(cuda_ops, shape, rows, estimator, dtype=dtype, n_samples=n_samples, kl=kl, scale=scale, bias=i % 2 == 0,
@@ -134,9 +135,10 @@ def test_any_number_of_multiprocessors(estimator, multiprocessors, interpreted):
 
 
 def test_which_kernels_run_and_the_same_bits_twice(estimator, interpreted):
-    for rows, n_samples, kl, kernels in ((1, 1, "analytic", both_ways(estimator, 1)), (4, 1, "analytic", both_ways(estimator, 4)), (16, 1, None, both_ways(estimator, 16)),
-                                         (17, 1, "analytic", set()), (16, 1, "sampled", set()),
-                                         (4, 2, None, both_ways("local", 16) if estimator == "local" else set())):
+    of_several_samples = both_ways("local", 16) if estimator == "local" else set()
+    for rows, n_samples, kl, kernels in (
+            (1, 1, "analytic", both_ways(estimator, 1)), (4, 1, "analytic", both_ways(estimator, 4)), (16, 1, None, both_ways(estimator, 16)),
+            (17, 1, "analytic", set()), (16, 1, "sampled", set()), (4, 2, None, of_several_samples)):
         x, parameters = random(n_samples * rows, 70), layer((40, 70))
         interpreted.launches.clear()
         once, twice = (run(interpreted, x, parameters, estimator, n_samples=n_samples, kl=kl) for _ in range(2))
