@@ -88,9 +88,8 @@ def estimator(request):
 
 @pytest.mark.parametrize("batch", [ONE, FEW, MANY])
 def test_every_scale_type_and_kl(estimator, batch, cuda_ops):
-    for i, (scale, dtype) in enumerate(itertools.product(SCALES, (torch.float32, *HALVES))):
-        options = dict(scale=scale, dtype=dtype, bias=i % 3 > 0, kl="analytic" if (i + i // 3) % 3 else None)
-        check(cuda_ops, (ALIGNED, UNALIGNED)[i % 2], (batch,), estimator, **options)
+    for i, (scale, kl) in enumerate(itertools.product(SCALES, ("analytic", None))):
+        check(cuda_ops, (ALIGNED, UNALIGNED)[i % 4 // 2], (batch,), estimator, scale=scale, kl=kl, bias=i % 3 > 0)
     of_priors = [(torch.float32, "loc"), (torch.float32, "scale"), *((dtype, True) for dtype in HALVES)]
     for i, (shape, (dtype, tensors)) in enumerate(itertools.product((ALIGNED, UNALIGNED), of_priors)):
         priors = dict(prior=make_prior(tensors, *shape, dtype=dtype), bias_prior=make_prior(tensors, shape[0], dtype=dtype, seed=1))
@@ -118,7 +117,7 @@ def test_sixteen_bits_of_x_alone(estimator, x_dtype, cuda_ops):
         check(cuda_ops, UNALIGNED, rows, estimator, x_dtype=x_dtype)
 
 
-@pytest.mark.parametrize("outputs, inputs", [(1, 1), (1, 3), (65, 3), (3, 65), (1, 200), (200, 1), (0, 5), (5, 0)])
+@pytest.mark.parametrize("outputs, inputs", [(1, 1), (65, 3), (3, 65), (0, 5), (5, 0)])
 def test_awkward_shapes_and_samples(estimator, outputs, inputs, cuda_ops):
     for rows, n_samples in (((0,), 1), ((), 1), ((16,), 1), ((6, 2), 2), ((3, 0), 1)):
         check(cuda_ops, (outputs, inputs), rows, estimator, n_samples=n_samples)
@@ -128,7 +127,7 @@ def test_awkward_shapes_and_samples(estimator, outputs, inputs, cuda_ops):
 def test_any_number_of_multiprocessors(estimator, multiprocessors, interpreted):
     interpreted.runtime.stand_in_set_multiprocessors(multiprocessors)
     try:
-        for batch in (ONE, FEW, MANY):
+        for batch in (ONE, FEW, MANY) if multiprocessors == 1 else (FEW,):
             check(interpreted, (130, 257 if batch == MANY else 260), (batch,), estimator)
     finally:
         interpreted.runtime.stand_in_set_multiprocessors(MULTIPROCESSORS)
