@@ -77,6 +77,7 @@ inline void estimated_rows(const EstimatedForward& problem, int64_t row, PriorSp
       mu[r] = load_span<F>(p.mu, p.type, p.columns, span, 0, mu_scratch[r]);
       rho[r] = load_span<F>(p.rho, p.type, p.columns, span, -INFINITY, rho_scratch[r]);
       if (problem.divergence == kAnalytic) prior.move_to(p, span);
+      prefetch(p, span.row, span.first + span.width, span.width);
       sigma_span<F>(p, problem.divergence, mu[r], rho[r], span.width, prior, sigma[r], log_sigma[r], kl);
       if (!local) continue;
       for (int i = 0; i < span.width; i += W) store<F>(second + r * kTile + i, variance(load<F>(sigma[r] + i)));
@@ -202,7 +203,7 @@ inline void estimated_backward_rows(const EstimatedBackward& problem, int64_t ro
     spans[r] = span_at(p, row + r, begin, end);
     gradient[r].move_to(spans[r]);
     mu[r] = gradient[r].mu;
-    prefetch_span(p, spans[r], R);
+    prefetch(p, spans[r].row + R, spans[r].first, spans[r].width);
     if (local)
       draws[r].first = by_first + tile, draws[r].second = by_second + tile;
     else

@@ -82,11 +82,7 @@ inline void factorised_gradient_rows(const LinearBackward& problem, int64_t row,
   constexpr int W = Lane<F>::width;
   const Posterior& p = problem.weight;
   Span span = span_at(p, row, begin, end);
-  for (int r = 0; r < R; ++r) {
-    Span of_row = span;
-    of_row.row += r;
-    prefetch_span(p, of_row, R);
-  }
+  for (int r = 0; r < R; ++r) prefetch(p, row + r + R, span.first, span.width);
   RowsAt<F, R> mu(p.mu, p.type, p.columns, span, 0), sigma(p.rho, p.type, p.columns, span, -INFINITY);
   RowsTo<F, R> d_mu(problem.grad_mu, p.type, p.columns, span), d_sigma(problem.grad_rho, p.type, p.columns, span);
   const S *factors = static_cast<const S*>(p.row_factors) + row, *columns = static_cast<const S*>(p.column_factors) + span.first;

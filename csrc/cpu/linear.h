@@ -20,6 +20,20 @@
 
 BNN_FAST_BEGIN
 
+// Columns of a row that come soon: where rows take turns, the processor's own prefetching does not follow.
+BNN_FN void prefetch(const Posterior& p, int64_t row, int64_t first, int64_t width) {
+  if (row >= p.rows) return;
+  // As integers: a span may begin before its row, where no pointer may point.
+  auto begin = static_cast<uintptr_t>((row * p.columns + first) * size_of(p.type));
+  auto from = [&](const void* data, uintptr_t b) {
+    __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(data) + begin + b));
+  };
+  for (uintptr_t b = 0; b < static_cast<uintptr_t>(width * size_of(p.type)); b += 64) {
+    from(p.mu, b);
+    from(p.rho, b);
+  }
+}
+
 // sums[b][r] += w[r] . x[b] over a span, for B batch rows at a time. The span is summed by itself first: one chain of
 // roundings over all inputs would err several times more.
 template <class F, int R, int B>
@@ -174,20 +188,6 @@ BNN_FN void outer_tile(const ScalarOf<F>* w, const ScalarOf<F>* g, const ScalarO
   }
 }
 
-// The same span of a later row: rows are far apart in memory, where the processor's own prefetching does not follow.
-BNN_FN void prefetch_span(const Posterior& p, const Span& span, int64_t rows_ahead) {
-  if (span.row + rows_ahead >= p.rows) return;
-  // As integers: a span may begin before its row, where no pointer may point.
-  auto begin = static_cast<uintptr_t>(((span.row + rows_ahead) * p.columns + span.first) * size_of(p.type));
-  auto prefetch = [&](const void* data, uintptr_t b) {
-    __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(data) + begin + b));
-  };
-  for (uintptr_t b = 0; b < static_cast<uintptr_t>(span.width * size_of(p.type)); b += 64) {
-    prefetch(p.mu, b);
-    prefetch(p.rho, b);
-  }
-}
-
 // x and grad_x (or null) hold the task's columns [begin, end), g the gradient of the outputs from `row` on.
 template <class F, int R>
 inline void backward_rows(const LinearBackward& problem, int64_t row, int64_t begin, int64_t end, const ScalarOf<F>* g,
@@ -204,7 +204,7 @@ inline void backward_rows(const LinearBackward& problem, int64_t row, int64_t be
     draws[r] = {eps + at, weight + at, grad_weight + at, by_mu + at, by_sigma + at};
     spans[r] = span_at(p, row + r, begin, end);
     gradient[r].move_to(spans[r]);
-    prefetch_span(p, spans[r], R);
+    prefetch(p, spans[r].row + R, spans[r].first, spans[r].width);
   }
   for (int64_t s = 0; s < problem.samples; ++s) {
     for (int r = 0; r < R; ++r) gradient[r].draw(spans[r], s, draws[r]);

@@ -10,7 +10,7 @@ from common import key_of, needs_extension, posterior
 from bnn_fast import functional, reference
 
 ESTIMATORS = ("weight", "local", "flipout")
-DRAWS, KEYS = 100_000, 8000
+DRAWS = 100_000
 OUTPUTS, INPUTS, ROWS = 2, 3, 2
 
 
@@ -55,29 +55,54 @@ def test_outputs(module, estimator):
     assert (estimator == "local") == (expected[0, 0, 1] == 0) and (estimator == "local") == (found[0, 0, 1].abs() < 0.03)
 
 
+def variances(estimator, x, mu, rho, bias_mu, bias_rho):
+    """Of the gradients of L = |y|^2 / 2 by mu, rho and those of the bias.
+
+    Those by mu are sums of y, Gaussian with the covariance of y. Those by rho are sigma' G eps, G a sum of y that is Gaussian with a
+    covariance c with eps (given the signs): Var(G eps) = E[G]^2 + Var(G) + c^2, by Isserlis. Of "local" they are sums over rows of
+    u y eps / sqrt(v), with the rows' own eps: Var(y eps) = m^2 + 2 v.
+    """
+    (m, covariance, of_bias), square = exact(x, mu, rho, bias_mu, bias_rho), x.square()
+    sigma, of_sigma = rho.exp().log1p(), rho.sigmoid()
+    bias_sigma, of_bias_sigma = bias_rho.exp().log1p(), bias_rho.sigmoid()
+    both = between_rows(estimator, covariance, of_bias)
+    v = (covariance + of_bias).diagonal(dim1=1, dim2=2).T
+    by_mu, by_bias = torch.einsum("bi,obc,ci->oi", x, both, x), both.sum((1, 2))
+    if estimator == "local":
+        of_rows = (m.square() + 2 * v) / v
+        by_rho = (sigma * of_sigma).square() * (of_rows.T @ square.square())
+        return by_mu, by_rho, by_bias, (bias_sigma * of_bias_sigma).square() * of_rows.sum(0)
+    with_eps = (square.sum(0) * sigma).square()
+    if estimator == "weight":
+        by_rho = (m.T @ x).square() + by_mu + with_eps
+    else:  # G = sum_b y r x s: of pairs of rows the signs leave the weight's own part alone
+        pairs = square.sum(0).square() - square.square().sum(0)
+        by_rho = m.square().T @ square + v.T @ square + pairs * sigma.square() + with_eps
+    by_bias_rho = of_bias_sigma.square() * (m.sum(0).square() + by_bias + (ROWS * bias_sigma).square())
+    return by_mu, of_sigma.square() * by_rho, by_bias, by_bias_rho
+
+
 @needs_extension
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_gradients(estimator):
-    """Of L = |y|^2 / 2, whose mean is (m^2 + v) / 2: every estimator has the same mean gradient, and for mu, dL/dmu = sum y x, the
-    variance that follows from y's covariance. Of sigma the variance of "local" is the least.
-    """
-    x, *parameters = small_layer()
+    """Of L = |y|^2 / 2, whose mean is (m^2 + v) / 2: every estimator has the same mean gradient, and the variance of its own."""
+    x, mu, rho, bias_mu, bias_rho = small_layer()
+    parameters = 0.3 * mu, rho + 1.5, 0.3 * bias_mu, bias_rho + 1.0  # a posterior wide enough for all terms to be seen
+
+    def loss(key, *leaves):
+        y, _ = functional.variational_linear(x, *leaves, key, kl=None, estimator=estimator)
+        return y.square().sum() / 2
+
+    keys = torch.stack([torch.arange(DRAWS), torch.zeros(DRAWS, dtype=torch.int64)], dim=1)
+    found = torch.vmap(torch.func.grad(loss, argnums=(1, 2, 3, 4)), in_dims=(0, *[None] * 4))(keys, *parameters)
     leaves = [t.clone().requires_grad_() for t in parameters]
-    found = []
-    for seed in range(KEYS):
-        y, _ = functional.variational_linear(x, *leaves, key_of(seed), kl=None, estimator=estimator)
-        found.append(torch.cat([g.flatten() for g in torch.autograd.grad(y.square().sum() / 2, leaves)]))
-    found = torch.stack(found)
-    mean, *parts = exact(x, *parameters)
-    covariance = between_rows(estimator, *parts)
-    leaves = [t.clone().requires_grad_() for t in parameters]
-    mean, covariance_of_weights, of_bias = exact(x, *leaves)
-    expected = (mean.square().sum() + (covariance_of_weights + of_bias).diagonal(dim1=1, dim2=2).sum()) / 2
-    expected = torch.cat([g.flatten() for g in torch.autograd.grad(expected, leaves)])
-    error = found.std(0) / math.sqrt(KEYS)
-    assert ((found.mean(0) - expected).abs() < 5 * error).all()
-    of_mu = torch.einsum("bi,obc,ci->oi", x, covariance, x).flatten()
-    assert ((found[:, :of_mu.numel()].var(0) / of_mu - 1).abs() < 8 * math.sqrt(2 / KEYS)).all()
+    mean, covariance, of_bias = exact(x, *leaves)
+    of_mean = (mean.square().sum() + (covariance + of_bias).diagonal(dim1=1, dim2=2).sum()) / 2
+    for each, expected, variance in zip(found, torch.autograd.grad(of_mean, leaves), variances(estimator, x, *parameters), strict=True):
+        centred = each - each.mean(0)
+        assert ((each.mean(0) - expected).abs() < 5 * (variance / DRAWS).sqrt()).all()
+        error = ((centred ** 4).mean(0) - variance.square()).sqrt() / math.sqrt(DRAWS)
+        assert ((centred.square().mean(0) - variance).abs() < 5 * error).all()
 
 
 @needs_extension
