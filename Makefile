@@ -40,8 +40,9 @@ bench: build $(VENV)/peers
 	$(PY) -m benchmarks all $(OPTIONS)
 	$(PY) -m benchmarks plot
 
-# Registers, shared memory and spills of every CUDA kernel; needs nvcc.
-ptx-report: $(VENV)/torch
+# Registers, shared memory and spills of every CUDA kernel, and the instructions that the fused ones issue for a weight; needs nvcc, and
+# for the latter nvdisasm, and the build, whose operators' arguments it packs.
+ptx-report: build
 	PYTHONPATH=tests $(PY) -m ptx.report
 
 # On a machine with a GPU, with the python3 that has torch and without a network: build in place, tests,

@@ -55,7 +55,7 @@ BNN_FAST_DEFINE(BNN_FAST_LIBRARY, m) {
       "_variational_linear_backward(Tensor?[] grads, Tensor? x, Tensor[] posterior, Tensor key, Tensor[] prior, "
       "float[] numbers, int[] options, bool need_grad_x) -> Tensor[]");
   m.def("_sum_values(Tensor[] values) -> Tensor");  // numbers, each a tensor of its own
-  // The same without KL and samples, with the noise of a noisy layer (cpu/variational_linear.cpp); on the CPU alone.
+  // The same without KL and samples, with the noise of a noisy layer (noisy.h).
   m.def(
       "_noisy_linear(Tensor x, Tensor[] posterior, Tensor key, Tensor[] prior, float[] numbers, int[] options) -> "
       "(Tensor y, Tensor kl_sum)");

@@ -77,6 +77,7 @@ struct KlGradient {
 // What a variational linear layer draws (estimators: cpu/estimators.h): its weights, its outputs, or perturbations of the means
 // with signs of their own for every example.
 enum Estimator : int { kWeight = 0, kLocal = 1, kFlipout = 2 };
+constexpr uint32_t kOutputNoise = 2, kInputSigns = 3, kOutputSigns = 4;  // streams of the last two
 
 struct SampleForward {
   Posterior posterior;

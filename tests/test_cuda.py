@@ -107,11 +107,16 @@ def test_a_cuda_graph_draws_afresh_at_every_replay():
     assert not torch.equal(first, y)
 
 
+IN_EVERY_REGIME = [pytest.param(*sizes, "weight", id=name) for name, sizes in (
+    ("small", (32, 100)), ("fused", (256, 8)), ("drawn", (256, 100)))] + [
+    pytest.param(256, batch, estimator, id=f"{estimator}, batch {batch}") for estimator in ("local", "flipout") for batch in (8, 100)]
+
+
 @pytest.mark.cuda
-@pytest.mark.parametrize("features, batch", [(32, 100), (256, 8), (256, 100)], ids=["small", "fused", "drawn"])
-def test_a_training_step_in_a_cuda_graph_draws_afresh_and_learns(features, batch):
+@pytest.mark.parametrize("features, batch, estimator", IN_EVERY_REGIME)
+def test_a_training_step_in_a_cuda_graph_draws_afresh_and_learns(features, batch, estimator):
     torch.manual_seed(0)
-    layer = bf.VariationalLinear(features, features, device="cuda")
+    layer = bf.VariationalLinear(features, features, estimator=estimator, device="cuda")
     optimizer = torch.optim.Adam(layer.parameters(), lr=1e-2, capturable=True)
     x, target = torch.randn(2, batch, features, device="cuda").unbind()
     losses = []
@@ -140,9 +145,9 @@ def test_a_training_step_in_a_cuda_graph_draws_afresh_and_learns(features, batch
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("features, batch", [(32, 100), (256, 8), (256, 100)], ids=["small", "fused", "drawn"])
-def test_a_step_never_waits_for_the_device(features, batch):
-    layer = bf.VariationalLinear(features, features, device="cuda")
+@pytest.mark.parametrize("features, batch, estimator", IN_EVERY_REGIME)
+def test_a_step_never_waits_for_the_device(features, batch, estimator):
+    layer = bf.VariationalLinear(features, features, estimator=estimator, device="cuda")
     x = torch.randn(batch, features, device="cuda", requires_grad=True)
     (layer(x).square().mean() + bf.kl_divergence(layer)).backward()  # what is loaded at first may wait
     torch.cuda.set_sync_debug_mode("error")
@@ -206,3 +211,28 @@ def test_a_noisy_layer_is_that_of_the_cpu(factorised):
         torch.testing.assert_close(gradient.cpu(), of_cpu, rtol=1e-3, atol=1e-3)
     layer.reset_noise()
     assert layer.noise_key.is_cuda and not torch.equal(layer(x.cuda()), found)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("rows", [3, 16, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("estimator, number", [("local", 1), ("flipout", 2)])
+def test_estimators_are_those_of_the_cpu(estimator, number, dtype, rows):
+    generator = torch.Generator().manual_seed(1)
+    x, grad_y, mu, rho, bias_mu, bias_rho = (torch.randn(*shape, generator=generator).to(dtype) for shape in (
+        (rows, 200), (rows, 72), (72, 200), (72, 200), (72,), (72,)))
+    rho[0, 0] = -torch.inf
+    grad_kl = torch.tensor(0.3, dtype=torch.promote_types(dtype, torch.float32))
+
+    def step(x, grad_y, grad_kl, key, *parameters):
+        arguments = draw_arguments(*parameters, key=key, prior=bf.Normal(0.1, 0.7), kl="analytic")
+        arguments = *arguments[:-1], [*arguments[-1], number]
+        y, kl, kept = OPS._estimated_linear(x, *arguments)
+        return y, kl, *OPS._estimated_linear_backward([grad_y, grad_kl], x, *arguments, True, kept)
+
+    given = x, grad_y, grad_kl, torch.tensor([-123456789123456789, 7, 11]), mu, rho, bias_mu, bias_rho
+    expected, found = (step(*tensors) for tensors in on_both(given))
+    for a, b in zip(found, expected, strict=True):
+        tolerance = 1e-11 if dtype == torch.float64 else 1e-4 + torch.finfo(a.dtype).eps
+        assert (a.cpu() - b).abs().max() <= tolerance * b.abs().max()
+    assert all(torch.equal(a, b) for a, b in zip(step(*on_both(given)[1]), found))  # the same bits again

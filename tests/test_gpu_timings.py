@@ -36,7 +36,9 @@ def fake_watch(cases, ahead=False):
     ("kl_normal", 4 * (15 + 15), 0),
     ("kl_normal_backward", 4 * (15 + 15 + 15 + 15), 0),
     ("variational_linear", 4 * (15 + 15 + 14 * 3 + 14 * 5), 2 * 15 * 14),
-    ("variational_linear_backward", 4 * (15 + 15 + 14 * 3 + 14 * 5 + 15 + 15 + 14 * 3), 4 * 15 * 14)])
+    ("variational_linear_backward", 4 * (15 + 15 + 14 * 3 + 14 * 5 + 15 + 15 + 14 * 3), 4 * 15 * 14),
+    ("estimated_linear", 4 * (15 + 15 + 14 * 3 + 14 * 5), 4 * 15 * 14),
+    ("estimated_linear_backward", 4 * (15 + 15 + 14 * 3 + 14 * 5 + 15 + 15 + 14 * 3), 8 * 15 * 14)])
 def test_what_an_operator_must_move_and_multiply(operator, bytes, flops):
     assert floors.work(operator, Case(3, 5, 7, "float32", samples=2)) == (bytes, flops)
     assert floors.work(operator, Case(3, 5, 7, "tf32", samples=2)) == (bytes, flops)
@@ -55,14 +57,15 @@ def test_targets_are_met_missed_or_not_measured():
         return {"bnn_fast": {"ratio": ratio}}
 
     found = {"step": {"8192 x 8192, batch 1, float32": step(2.9),
-                      "8192 x 8192, batch 16, float32": step(3.1)},
+                      "8192 x 8192, batch 16, float32": step(3.1),
+                      "8192 x 8192, batch 1, float32, local": {"bnn_fast local": {"ratio": 2.1}}},
              "network": {"CUDA graph": {"bnn_fast": {"ratio": 1.4}}},
              "operators": {"a": {"kl_normal": {"fraction": 0.74}, "sample_normal": {"fraction": 0.9}}}}
     rows = floors.targets(found)
-    assert [row["met"] for row in rows] == [True, False, None, None, True, False]
+    assert [row["met"] for row in rows] == [True, False, None, None, True, None, True, False]
     assert rows[-1]["found"] == 0.74 and "1 of them below: kl_normal, a" in rows[-1]["name"]
     shown = [row[-1] for row in report.target_rows(rows)]
-    assert shown[1:] == ["met", "missed", "not measured", "not measured", "met", "missed"]
+    assert shown[1:] == ["met", "missed", "not measured", "not measured", "met", "not measured", "met", "missed"]
 
 
 class FakeGpu:
@@ -181,7 +184,7 @@ def new_record():
 
 
 ELEMENTWISE = [Case(8, 6, 0, "bfloat16")]
-LAYERS = [Case(4, 6, 3, "tf32"), Case(4, 6, 3, "float32", samples=2)]
+LAYERS = [Case(4, 6, 3, "tf32"), Case(4, 6, 3, "float32", samples=2), Case(4, 6, 3, "float32", estimator="local")]
 SWEEP = [Case(4, 6, 2, "float32")]
 
 
@@ -203,7 +206,7 @@ def test_timings_their_record_and_their_tables(measured, tmp_path):
     run.run(100.0, ELEMENTWISE, LAYERS, SWEEP)
     found = run.found
     assert not found["errors"] and not found["left_out"]
-    assert len(saves) == 1 + 1 + 1 + 2 * 2 + 1  # after every case
+    assert len(saves) == 1 + 1 + 1 + 2 * 3 + 1  # after every case
     record = json.loads(saves[-1])
     assert record["timings"] == found
 
@@ -218,6 +221,7 @@ def test_timings_their_record_and_their_tables(measured, tmp_path):
 
     assert set(found["step"]["4 x 6, batch 3, tf32"]) == {"nn.Linear", "bnn_fast", "plain PyTorch"}
     assert set(found["step"]["4 x 6, batch 3, 2 draws, float32"]) == {"nn.Linear", "bnn_fast"}
+    assert set(found["step"]["4 x 6, batch 3, float32, local"]) == {"nn.Linear", "bnn_fast local", "plain PyTorch"}
     for where, seconds in (("step", 2e-3), ("step on the GPU", 1e-3)):
         t = found[where]["4 x 6, batch 3, tf32"]["bnn_fast"]
         assert t["median"] == seconds and t["ratio"] == 2.0
@@ -245,7 +249,7 @@ def test_a_case_that_fails_and_one_that_is_late_leave_the_others(measured, monke
     run.run(100.0, ELEMENTWISE, LAYERS, sweep=[])
     assert run.found["errors"] == {"network": "ZeroDivisionError: division by zero",
                                    "operators, 4 x 6, batch 3, tf32": "RuntimeError: out of something"}
-    assert len(run.found["operators"]) == 2 and len(run.found["step"]) == 2
+    assert len(run.found["operators"]) == 3 and len(run.found["step"]) == 3
     assert "out of something" in report.show(run.record)
 
     late = timings.Timings(new_record(), lambda r: None, device="cpu", watch=fake_watch)

@@ -34,6 +34,11 @@ def cases(device: str) -> Iterator[tuple[str, operators.Calls]]:
             yield f"sum, {name}", {"sum_values": partial(operators.OPS._sum_values, [torch.ones((), dtype=dtype, device=device)] * 70)}
         for shape in SHAPES:
             yield f"linear {shape}, {name}", operators.linear(*shape, x_dtype=x_dtype, **options)
+            if draws == 1:
+                yield f"noisy {shape}, {name}", operators.noisy(*shape, dtype=dtype, device=device, x_dtype=x_dtype, offsets=(5, 3))
+        options.pop("offsets", None)
+        for shape, estimator in itertools.product(SHAPES[2:], ("local", "flipout")):
+            yield f"{estimator} {shape}, {name}", operators.estimated(*shape, estimator=estimator, x_dtype=x_dtype, **options)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -14,6 +14,7 @@ WARP = 32
 STEP_TARGETS = [  # inputs = outputs, batch, type, and how much more than nn.Linear's time a step may take
     (8192, 1, "float32", 3.0), (8192, 16, "float32", 3.0), (4096, 4096, "bfloat16", 1.3),
     (8192, 4096, "bfloat16", 1.3)]
+LOCAL_TARGETS = [(8192, 1, "float32", 2.2), (8192, 16, "float32", 2.2)]  # the same of estimator="local"
 NETWORK_TARGET = 1.5
 FRACTION_TARGET = 0.75
 
@@ -38,6 +39,8 @@ def work(operator: str, case: Case) -> Work:
         "kl_normal_backward": Work(mu_rho + mu_rho, 0),
         "variational_linear": Work(mu_rho + x + y, product),
         "variational_linear_backward": Work(mu_rho + x + y + mu_rho + x, 2 * product),
+        "estimated_linear": Work(mu_rho + x + y, 2 * product),
+        "estimated_linear_backward": Work(mu_rho + x + y + mu_rho + x, 4 * product),
     }[operator]
 
 
@@ -55,10 +58,11 @@ def targets(timings: dict) -> list[dict]:
         return {"name": name, "target": target, "found": found, "met": None if found is None else met}
 
     rows = []
-    for n, batch, type, target in STEP_TARGETS:
-        name = Case(n, n, batch, type).name
-        found = timings["step"].get(name, {}).get("bnn_fast", {}).get("ratio")
-        rows.append(row(f"step over nn.Linear, {name}", target, found, found is not None and found <= target))
+    for estimator, wanted in (("weight", STEP_TARGETS), ("local", LOCAL_TARGETS)):
+        for n, batch, type, target in wanted:
+            case = Case(n, n, batch, type, estimator=estimator)
+            found = timings["step"].get(case.name, {}).get(case.provider, {}).get("ratio")
+            rows.append(row(f"step over nn.Linear, {case.name}", target, found, found is not None and found <= target))
     found = timings["network"].get("CUDA graph", {}).get("bnn_fast", {}).get("ratio")
     rows.append(row("tutorial network in a CUDA graph, over nn.Linear", NETWORK_TARGET, found,
                     found is not None and found <= NETWORK_TARGET))

@@ -66,7 +66,7 @@ def look_up(table: int, columns: int, count: int, *, dtype: torch.dtype, device:
 
 def linear(inputs: int, outputs: int, batch: int, *, dtype: torch.dtype, device: str,
            x_dtype: torch.dtype | None = None, kl: str = "analytic", samples: int = 1,
-           prior_tensors: bool = False, offsets: tuple[int, int] = (0, 0)) -> Calls:
+           prior_tensors: bool = False, offsets: tuple[int, int] = (0, 0), ops=OPS) -> Calls:
     """The linear layer on x [samples * batch, inputs] of x_dtype, or else of the parameters' dtype."""
     factory = {"dtype": dtype, "device": device}
     pairs = [*posterior(outputs, inputs, **factory), *posterior(outputs, **factory)]
@@ -76,10 +76,42 @@ def linear(inputs: int, outputs: int, batch: int, *, dtype: torch.dtype, device:
     x = torch.randn(samples * batch, inputs, dtype=x_dtype or dtype, device=device)
     grad_y = torch.randn(samples * batch, outputs, dtype=x.dtype, device=device)
     grad_kl = torch.ones((), dtype=sum_type(dtype), device=device)
-    backward = OPS._variational_linear_backward
+    backward = ops._variational_linear_backward
     return {
-        "variational_linear": lambda: OPS._variational_linear(x, *to_draw),
+        "variational_linear": lambda: ops._variational_linear(x, *to_draw),
         "variational_linear_backward": lambda: backward([grad_y, grad_kl], x, *to_draw, True)}
+
+
+def estimated(inputs: int, outputs: int, batch: int, *, estimator: str, dtype: torch.dtype, device: str,
+              x_dtype: torch.dtype | None = None, kl: str = "analytic", samples: int = 1, prior_tensors: bool = False,
+              ops=OPS) -> Calls:
+    """The linear layer by the estimators "local" and "flipout"."""
+    factory = {"dtype": dtype, "device": device}
+    pairs = [*posterior(outputs, inputs, **factory), *posterior(outputs, **factory)]
+    priors = packing.pack_priors(prior(outputs, inputs, tensors=prior_tensors, **factory),
+                                 prior(outputs, tensors=prior_tensors, **factory))
+    to_draw = packing.to_draw(pairs, key(device), priors, "softplus", kl, samples, 0, 0, 0, estimator)
+    x = torch.randn(samples * batch, inputs, dtype=x_dtype or dtype, device=device)
+    grad_y = torch.randn(samples * batch, outputs, dtype=x.dtype, device=device)
+    grad_kl = torch.ones((), dtype=sum_type(dtype), device=device)
+    kept = ops._estimated_linear(x, *to_draw)[2]
+    backward = ops._estimated_linear_backward
+    return {
+        "estimated_linear": lambda: ops._estimated_linear(x, *to_draw),
+        "estimated_linear_backward": lambda: backward([grad_y, grad_kl], x, *to_draw, True, kept)}
+
+
+def noisy(inputs: int, outputs: int, batch: int, *, dtype: torch.dtype, device: str, x_dtype: torch.dtype | None = None,
+          offsets: tuple[int, int] = (0, 0)) -> Calls:
+    """The linear layer with factorised noise."""
+    factory = {"dtype": dtype, "device": device}
+    pairs = [*posterior(outputs, inputs, **factory), *posterior(outputs, **factory)]
+    to_draw = packing.to_draw(pairs, key(device), packing.pack_priors(Normal(), Normal()), "identity", None, 1, 5, *offsets)
+    x = torch.randn(batch, inputs, dtype=x_dtype or dtype, device=device)
+    grad_y = torch.randn(batch, outputs, dtype=x.dtype, device=device)
+    return {
+        "noisy_linear": lambda: OPS._noisy_linear(x, *to_draw),
+        "noisy_linear_backward": lambda: OPS._noisy_linear_backward([grad_y, None], x, *to_draw, True)}
 
 
 class Case(NamedTuple):
@@ -90,22 +122,32 @@ class Case(NamedTuple):
     batch: int
     type: str
     samples: int = 1
+    estimator: str = "weight"
 
     @property
     def name(self) -> str:
         batch = f", batch {self.batch}" if self.batch else ""
         draws = f", {self.samples} draws" if self.samples > 1 else ""
-        return f"{self.inputs} x {self.outputs}{batch}{draws}, {self.type}"
+        estimator = "" if self.estimator == "weight" else f", {self.estimator}"
+        return f"{self.inputs} x {self.outputs}{batch}{draws}, {self.type}{estimator}"
+
+    @property
+    def provider(self) -> str:
+        """Its name among providers.py's."""
+        return "bnn_fast" if self.estimator == "weight" else f"bnn_fast {self.estimator}"
 
     @property
     def dtype(self) -> torch.dtype:
         return torch.bfloat16 if self.type == "bfloat16" else torch.float32
 
-    def calls(self, device: str) -> Calls:
+    def calls(self, device: str, ops=OPS) -> Calls:
+        """ops: those of a linear layer that are called."""
         options = {"dtype": self.dtype, "device": device, "samples": self.samples}
         if not self.batch:
             return elementwise(self.outputs, self.inputs, **options)
-        return linear(self.inputs, self.outputs, self.batch, **options)
+        if self.estimator != "weight":
+            return estimated(self.inputs, self.outputs, self.batch, estimator=self.estimator, ops=ops, **options)
+        return linear(self.inputs, self.outputs, self.batch, ops=ops, **options)
 
     @contextlib.contextmanager
     def precision(self) -> Iterator[None]:
@@ -121,6 +163,8 @@ TYPES = ("float32", "tf32", "bfloat16")
 ELEMENTWISE = [Case(8192, 8192, 0, type) for type in ("float32", "bfloat16")]
 LAYERS = [Case(n, n, batch, type) for n in (8192, 4096, 1024) for batch in (1, 16, 64, 256, 1024, 4096)
           for type in TYPES] + [Case(4096, 4096, 16, type, samples=8) for type in TYPES]
+# Local beside the first of them, in float32 as it always computes.
+LAYERS[:0] = [Case(8192, 8192, batch, "float32", estimator="local") for batch in (1, 16)]
 # Between the batches above, where the operators go from one regime to the other.
 SWEEP = [Case(n, n, batch, type) for n in (4096, 1024) for type in ("float32", "bfloat16")
          for batch in (2, 4, 8, 32, 128)]

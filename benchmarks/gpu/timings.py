@@ -92,7 +92,7 @@ class Timings:
         factory = {"device": self.device, "dtype": case.dtype}
         layers, calls = nn.ModuleList(), collections.defaultdict(list)
         for _ in range(timer.copies(self.cache, size)):
-            for name, provider in available(["bnn_fast", "plain PyTorch"])[0].items():
+            for name, provider in available([case.provider, "plain PyTorch"])[0].items():
                 if name != "plain PyTorch" or case.samples == 1:  # it has no several draws
                     layers.append(provider.model((case.inputs, case.outputs), **factory))
                     shape = (case.inputs, case.outputs, case.samples * case.batch)

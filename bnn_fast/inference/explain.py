@@ -87,7 +87,7 @@ def _of_layer(layer: VariationalLayer, x) -> tuple[str, str, str]:
     if not isinstance(layer, VariationalLinear):
         return "sample_normal", "-", "its weights are drawn, then it is torch's module"
     estimated = layer.estimator != "weight"
-    if not (raw.estimates_on if estimated else raw.compiled_for)(layer.device):
+    if not raw.compiled_for(layer.device):
         return "plain PyTorch", "-", "there is no compiled operator here for that"
     if estimated:
         return "estimated_linear", "-", f"estimator={layer.estimator!r}"

@@ -74,7 +74,7 @@ class VariationalLinear(Estimating):
         if self.estimator != "weight" and not self._one_network(mode):
             key, estimator = self._noise_of(mode, key, x, recomputed), self.estimator
         with_kl = torch.is_grad_enabled() and not recomputed and not functorch
-        if not (raw.compiled_for if estimator == "weight" else raw.estimates_on)(weight_mu.device):
+        if not raw.compiled_for(weight_mu.device):
             y, kl = functional.plain_linear(x, *parameters, key, prior=self.prior, bias_prior=self.bias_prior,
                                             scale=self.scale, kl=None, n_samples=mode.n_samples, estimator=estimator)
         else:

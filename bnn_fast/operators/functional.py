@@ -17,8 +17,6 @@ from . import autograd, raw, reference
 
 __all__ = ["variational_linear", "noisy_linear", "sample_normal", "kl_normal"]
 
-_WITHOUT_NOISY = ("cuda",)  # devices with compiled operators but for noisy_linear's: its normals are drawn by one, all else is torch's
-
 
 def variational_linear(
         x: Tensor, weight_mu: Tensor, weight_rho: Tensor, bias_mu: Tensor | None, bias_rho: Tensor | None,
@@ -49,7 +47,7 @@ def variational_linear(
             ((x s) (sigma eps)^T) r with signs s and r of every example (Wen et al., "Flipout: efficient pseudo-independent
             weight perturbations on mini-batches", 2018). They count their noise by the number of the example: a key [3] has
             that of the first of x in a whole batch as its third number. A sampled KL is that of the weights that
-            estimator="weight" would draw. On CUDA they run in plain PyTorch.
+            estimator="weight" would draw.
 
     Returns:
         y [..., out] in x's dtype (the autocast dtype under autocast), and the KL or None.
@@ -69,7 +67,7 @@ def variational_linear(
     n_samples, _, row_offset, column_offset = checks.noise_place(*weight_mu.shape, n_samples, 0, row_offset, column_offset)
     x = autocast(x)
     checks.linear_input(x, weight_mu, n_samples)
-    if not (raw.compiled_for if estimator == "weight" else raw.estimates_on)(x.device):
+    if not raw.compiled_for(x.device):
         return plain_linear(
             x, weight_mu, weight_rho, bias_mu, bias_rho, key, prior=prior, bias_prior=bias_prior, scale=scale,
             kl=kl, n_samples=n_samples, row_offset=row_offset, column_offset=column_offset, estimator=estimator)
@@ -101,12 +99,6 @@ def noisy_linear(x: Tensor, weight_mu: Tensor, weight_sigma: Tensor, bias_mu: Te
     given = x, weight_mu, weight_sigma, bias_mu, bias_sigma
     if not raw.compiled_for(x.device):
         return without_autocast(x.device.type, reference.noisy_linear, *given, key, row_offset=row_offset, column_offset=column_offset)
-    if x.device.type in _WITHOUT_NOISY:
-        def noise(n, stream, offset):
-            zeros = weight_mu.new_zeros(n, dtype=torch.promote_types(weight_mu.dtype, torch.float32))
-            return sample_normal(zeros, zeros, key, scale="exp", kl=None, stream=stream, column_offset=offset)[0]
-
-        return without_autocast(x.device.type, reference.noisy_linear_under, noise, *given, row_offset, column_offset)
     posterior = [t for t in given[1:] if t is not None]
     arguments = packing.to_draw(posterior, key, packing.pack_priors(*(Normal(),) * (len(posterior) // 2)), "identity", None, 1,
                                 reference.NOISY_STREAM, row_offset, column_offset)

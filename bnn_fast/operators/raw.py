@@ -50,11 +50,6 @@ def compiled_for(device: torch.device) -> bool:
     return HAS_EXTENSION and device.type in ("cpu", "meta")
 
 
-def estimates_on(device: torch.device) -> bool:
-    """The same of the estimators "local" and "flipout", whose operators have no CUDA kernels: there the plain twin runs."""
-    return device.type != "cuda" and compiled_for(device)
-
-
 @functools.cache
 def _has_cuda_kernels() -> bool:
     built = bool(build_info()["cuda_architectures"])

@@ -87,17 +87,12 @@ def noisy_linear(x, weight_mu, weight_sigma, bias_mu, bias_sigma, key, *, row_of
     checks.noisy(x, weight_mu, weight_sigma, bias_mu, bias_sigma, key)
     dtype = torch.promote_types(weight_mu.dtype, torch.float32)
 
-    def noise(n, stream, offset):
-        return standard_normal(key, 1, 1, n, stream=stream, column_offset=offset, dtype=dtype).flatten()
+    def factors(n, stream, offset):
+        e = standard_normal(key, 1, 1, n, stream=stream, column_offset=offset, dtype=dtype).flatten()
+        return e.sign() * e.abs().double().sqrt().to(e.dtype)
 
-    return noisy_linear_under(noise, x, weight_mu, weight_sigma, bias_mu, bias_sigma, row_offset, column_offset)
-
-
-def noisy_linear_under(noise, x, weight_mu, weight_sigma, bias_mu, bias_sigma, row_offset, column_offset):
-    """The same, its normals being what noise(how many, stream, offset) gives."""
     outputs, inputs = weight_mu.shape
-    of_inputs, of_outputs = (e.sign() * e.abs().double().sqrt().to(e.dtype) for e in (
-        noise(inputs, NOISY_STREAM, column_offset), noise(outputs, NOISY_STREAM + 1, row_offset)))
+    of_inputs, of_outputs = factors(inputs, NOISY_STREAM, column_offset), factors(outputs, NOISY_STREAM + 1, row_offset)
     w = Posterior(weight_mu, weight_sigma, "identity").draw(of_outputs.unsqueeze(1) * of_inputs)
     b = None if bias_mu is None else Posterior(bias_mu, bias_sigma, "identity").draw(of_outputs)
     return F.linear(x, *(None if t is None else t.to(weight_mu.dtype).to(x.dtype) for t in (w, b)))

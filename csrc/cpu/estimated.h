@@ -1,5 +1,5 @@
 // The variational linear layer by the estimators "local" and "flipout" on the CPU: a call, and the choice between the fused regime
-// and that of the vendor's GEMMs. Formulas and kernels: estimators.h. Operators: estimated_linear.cpp.
+// and that of the vendor's GEMMs. Formulas and kernels: estimators.h. Operators: ../estimated.h.
 //
 // Activations are computed in float32, or in double: squares and quotients would leave the range of 16 bits. They are seen as
 // [samples, examples, everything else], and their noise as such too, from the row on that the key's third number says.
@@ -7,19 +7,16 @@
 
 #include <algorithm>
 
-#include "../layer.h"
+#include "../estimated.h"
+#include "launch.h"
 #include "signs.h"
 
 namespace bnn_fast {
-
-// Streams of the noise.
-constexpr uint32_t kOutputNoise = 2, kInputSigns = 3, kOutputSigns = 4;
 
 template <class T> T* data(const Tensor& t) { return static_cast<T*>(const_cast<void*>(t.const_data_ptr())); }
 
 class Estimated {
  public:
-  // may_share: whether samples of "local" that have the same input may have their mean and variance in common.
   Estimated(const LinearArguments& a, const Tensor& x, int64_t estimator, bool may_share)
       : a_(a), p_(a.weight.view), x_(x), estimator_(static_cast<int>(estimator)), batch_(a.check_input(x)),
         rows_(a.samples * batch_), examples_(x.dim() > 1 ? x.size(0) / a.samples : 1), type_(compute_type(x.scalar_type())) {
@@ -43,6 +40,9 @@ class Estimated {
     else
       backward_in<float>(grad_y, grad_kl, need_x, kept, grads);
   }
+
+  static Tensor empty_like(const Tensor& t) { return empty_large(t, shape_of(t), t.scalar_type()); }
+  static void sample_backward(const LinearArguments&, const SampleBackward& problem) { run_spans(cpu_kernels().sample_backward, problem); }
 
  private:
   // Whether the input is the same for all samples: where it is not, the first comparison usually says so.

@@ -3,7 +3,7 @@
 #include <cmath>
 #include <memory>
 
-#include "../layer.h"
+#include "../noisy.h"
 #include "launch.h"
 
 namespace bnn_fast {
@@ -36,6 +36,10 @@ class Cpu {
   void sample_backward(const SampleBackward& problem) { run_spans(cpu_kernels().sample_backward, problem); }
 
   Tensor empty(const Tensor& t, const Shape& shape, ScalarType dtype) { return empty_large(t, shape, dtype); }
+
+  static void factors(const Tensor& memory, const Posterior& normals) {
+    memory.scalar_type() == ScalarType::Double ? factors_in<double>(memory, normals) : factors_in<float>(memory, normals);
+  }
 
   // Narrow needs no packing and no GEMM, but its backward draws twice. Measured on two cores with AVX-512, from 8 x 8 to 64 x 64
   // weights, forward and backward: 0.7 to 1.05 of the fused regime's time up to batch 32, 0.4 to 0.7 of the drawn regime's
@@ -114,6 +118,16 @@ class Cpu {
   Tensor kl() const { return scalar_tensor(sum, like); }
 
  private:
+  template <class S> static void factors_in(const Tensor& memory, Posterior normals) {
+    S* f = static_cast<S*>(memory.mutable_data_ptr());
+    std::fill(f, f + memory.numel(), S(0));
+    f += kBeforeFactors;
+    std::vector<S> zeros(normals.columns, 0), ones(normals.columns, 1);
+    normals.mu = zeros.data(), normals.rho = ones.data();
+    bnn_fast::sample(normals, kNone, 1, f, normals.type);
+    for (int64_t i = 0; i < normals.columns; ++i) f[i] = std::copysign(std::sqrt(std::abs(f[i])), f[i]);
+  }
+
   const Tensor& like;
   double sum = 0;
 
@@ -169,56 +183,13 @@ class Cpu {
   static const float* floats(const Tensor& t) { return static_cast<const float*>(t.const_data_ptr()); }
 };
 
-// The arguments of a noisy layer (Fortunato et al., "Noisy networks for exploration", 2018): those of a variational one, of which the weights
-// of a draw have eps[o, i] = f(e_o) f(e_i), the biases f(e_o), with f(e) = sign(e) sqrt |e| of as many normals as there are inputs (of the
-// weight's stream) and outputs (of the bias's).
-struct NoisyArguments : LinearArguments {
-  Tensor of_inputs, of_outputs;
-
-  NoisyArguments(const Lists& lists, const Tensor& key, const Options& options) : LinearArguments(lists, key, options) {
-    STD_TORCH_CHECK(samples == 1 && divergence == kNone, "n_samples is ", samples, " and kl is ", divergence, ", expected 1 and 0 (none)");
-    STD_TORCH_CHECK(options.scale == kIdentity, "scale is ", options.scale, ", expected 4 (identity)");
-    Posterior& w = weight.view;
-    auto factors = w.type == Type::kFloat64 ? &NoisyArguments::factors<double> : &NoisyArguments::factors<float>;
-    w.column_factors = (this->*factors)(of_inputs, w.columns, w.stream, w.column_offset);
-    w.row_factors = (this->*factors)(of_outputs, w.rows, w.stream + 1, w.row_offset);
-    if (bias) bias->view.column_factors = w.row_factors;
-  }
-
- private:
-  template <class S> const void* factors(Tensor& memory, int64_t n, uint32_t stream, int64_t first) const {
-    constexpr int64_t before = 4;
-    memory = empty_of(weight.mu, {before + n + Posterior::kFactorTail}, compute_type(weight.mu.scalar_type()));
-    S* f = static_cast<S*>(memory.mutable_data_ptr());
-    std::fill(f, f + memory.numel(), S(0));
-    f += before;
-    std::vector<S> zeros(n, 0), ones(n, 1);
-    Type type = sizeof(S) == 8 ? Type::kFloat64 : Type::kFloat32;
-    Posterior normals{1, n, type, zeros.data(), ones.data(), kIdentity, {0, 1, nullptr, nullptr}, weight.view.key, stream, 0, first};
-    bnn_fast::sample(normals, kNone, 1, f, type);
-    for (int64_t i = 0; i < n; ++i) f[i] = std::copysign(std::sqrt(std::abs(f[i])), f[i]);
-    return f;
-  }
-};
-
-std::tuple<Tensor, Tensor> noisy_linear(const Tensor& x, const Tensors& posterior, const Tensor& key, const Tensors& prior,
-                                        const Numbers& numbers, const Integers& options) {
-  return layer_forward<Cpu>(NoisyArguments(Lists(posterior, prior, numbers, true), key, options_of(options)), x);
-}
-
-Tensors noisy_linear_backward(const OptionalTensors& given, const OptionalTensor& x, const Tensors& posterior, const Tensor& key,
-                              const Tensors& prior, const Numbers& numbers, const Integers& options, bool need_grad_x) {
-  NoisyArguments a(Lists(posterior, prior, numbers, true), key, options_of(options));
-  return layer_backward<Cpu>(a, given, x, need_grad_x);
-}
-
 }  // namespace
 }  // namespace bnn_fast
 
 STABLE_TORCH_LIBRARY_IMPL(bnn_fast, CPU, m) {
   m.impl("_variational_linear", TORCH_BOX(&bnn_fast::variational_linear<bnn_fast::Cpu>));
   m.impl("_variational_linear_backward", TORCH_BOX(&bnn_fast::variational_linear_backward<bnn_fast::Cpu>));
-  m.impl("_noisy_linear", TORCH_BOX(&bnn_fast::noisy_linear));
-  m.impl("_noisy_linear_backward", TORCH_BOX(&bnn_fast::noisy_linear_backward));
+  m.impl("_noisy_linear", TORCH_BOX(&bnn_fast::noisy_linear<bnn_fast::Cpu>));
+  m.impl("_noisy_linear_backward", TORCH_BOX(&bnn_fast::noisy_linear_backward<bnn_fast::Cpu>));
   m.impl("_linear_regime", TORCH_BOX(&bnn_fast::linear_regime<bnn_fast::Cpu>));
 }

@@ -1,4 +1,4 @@
-// The products of the fused backward (linear_backward.cu), of one tile of 16 outputs x 16 inputs and one sample:
+// The products of the backward kernels (linear_backward.cu, estimated_backward.cu), of one tile of 16 outputs x 16 inputs and one sample:
 //
 //   dW = g^T x, where the tile's quads are, and dx += g w
 //
@@ -21,20 +21,31 @@ template <Type type> __device__ __forceinline__ int place_in_row(int c) {
   return type == Type::kFloat32 ? c : c / 2 % 2 * 8 + c / 4 * 2 + c % 2;
 }
 
+// A matrix of activations [samples * batch, columns], of which a block holds some columns in shared memory for all its steps:
+// [members][kBatch] rows of `stride`, zero outside.
+template <Type type, int kBatch>
+__device__ __forceinline__ void load_inputs(const Stored<type>* from, int members, int64_t samples, int64_t batch, int64_t columns,
+                                            int64_t first_column, int inputs, int stride, Stored<type>* to) {
+  for (int i = threadIdx.x; i < members * kBatch * inputs; i += kThreads) {
+    int row = i / inputs, c = i % inputs, sample = row / kBatch, b = row % kBatch;
+    int64_t column = first_column + c;
+    bool inside = sample < samples && b < batch && column >= 0 && column < columns;
+    to[row * stride + c / kSide * kSide + place_in_row<type>(c % kSide)] =
+        inside ? from[(sample * batch + b) * columns + column] : Stored<type>(0);
+  }
+}
+
 // A warp's products with up to kBatch rows: dW of a tile, and dx of 16 inputs summed over all tiles.
 //   x        [kBatch] rows of 16 inputs       g  [kBatch] rows of 16 outputs
 //   scratch  of the warp, one float4 for each quad
 template <Type type, int kBatch> struct Products;
 
 template <int kBatch> struct Products<Type::kFloat32, kBatch> {
-  static constexpr int kRows = (kBatch + 7) / 8;
+  static constexpr int kRows = (kBatch + 7) / 8, kStride = kStageStride<Type::kFloat32>;
   float grad_x[kRows][4] = {};  // row g + 8 i, inputs 4 t to 4 t + 3
 
-  __device__ void multiply(const float (&w)[2][4], const float* x, int x_stride, const float* g, float4* scratch, const Place& at,
-                           float (&grad_w)[2][4]) {
-    constexpr int kStride = kStageStride<Type::kFloat32>;
-    scratch[at.lane] = pack(w[0]);
-    scratch[32 + at.lane] = pack(w[1]);
+  // dW of a tile
+  __device__ void outer(const float* x, int x_stride, const float* g, const Place& at, float (&grad_w)[2][4]) {
     BNN_UNROLL
     for (int b = 0; b < kBatch; ++b) {
       float input[4];
@@ -46,22 +57,54 @@ template <int kBatch> struct Products<Type::kFloat32, kBatch> {
         grad_w[1][k] = fma_lane(high, input[k], grad_w[1][k]);
       }
     }
-    __syncwarp();
-    BNN_UNROLL
-    for (int o = 0; o < kSide; o += 4) {
-      float rows[4][4];
+  }
+
+  // dx, of a tile in shared memory. Of one row of x every lane takes its own quads, and gather() adds these up.
+  __device__ void back(const float4* w, const float* g, const Place& at) {
+    if constexpr (kBatch == 1) {
       BNN_UNROLL
-      for (int j = 0; j < 4; ++j) unpack(scratch[(o + j) * 4 + at.t], rows[j]);
-      BNN_UNROLL
-      for (int i = 0; i < kRows; ++i) {
-        float outputs[4];
-        unpack(*reinterpret_cast<const float4*>(g + min(at.g + 8 * i, kBatch - 1) * kStride + o), outputs);
+      for (int h = 0; h < 2; ++h) {
+        float row[4], output = g[at.g + h * 8];
+        unpack(w[h * 32 + at.lane], row);
         BNN_UNROLL
-        for (int j = 0; j < 4; ++j)
+        for (int k = 0; k < 4; ++k) grad_x[0][k] = fma_lane(output, row[k], grad_x[0][k]);
+      }
+    } else {
+      BNN_UNROLL
+      for (int o = 0; o < kSide; o += 4) {
+        float rows[4][4];
+        BNN_UNROLL
+        for (int j = 0; j < 4; ++j) unpack(w[(o + j) * 4 + at.t], rows[j]);
+        BNN_UNROLL
+        for (int i = 0; i < kRows; ++i) {
+          float outputs[4];
+          unpack(*reinterpret_cast<const float4*>(g + min(at.g + 8 * i, kBatch - 1) * kStride + o), outputs);
           BNN_UNROLL
-          for (int k = 0; k < 4; ++k) grad_x[i][k] = fma_lane(outputs[j], rows[j][k], grad_x[i][k]);
+          for (int j = 0; j < 4; ++j)
+            BNN_UNROLL
+            for (int k = 0; k < 4; ++k) grad_x[i][k] = fma_lane(outputs[j], rows[j][k], grad_x[i][k]);
+        }
       }
     }
+  }
+
+  // Once, behind all tiles.
+  __device__ void gather() {
+    if constexpr (kBatch == 1) {
+      BNN_UNROLL
+      for (int k = 0; k < 4; ++k)
+        BNN_UNROLL
+        for (int lanes = 4; lanes < 32; lanes *= 2) grad_x[0][k] += __shfl_xor_sync(kAllLanes, grad_x[0][k], lanes);
+    }
+  }
+
+  __device__ void multiply(const float (&w)[2][4], const float* x, int x_stride, const float* g, float4* scratch, const Place& at,
+                           float (&grad_w)[2][4]) {
+    scratch[at.lane] = pack(w[0]);
+    scratch[32 + at.lane] = pack(w[1]);
+    outer(x, x_stride, g, at, grad_w);
+    __syncwarp();
+    back(scratch, g, at);
     __syncwarp();
   }
 

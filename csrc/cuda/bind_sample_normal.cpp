@@ -2,6 +2,7 @@
 #include "../sample_normal.h"
 #include "sample_normal.h"
 #include "stream.h"
+#include "sum_values.h"
 
 namespace bnn_fast {
 namespace {

@@ -1,8 +1,9 @@
-// The variational linear layer on CUDA tensors: the choice among its regimes, workspaces, launches.
-#include "../layer.h"
+// The variational linear layer, and the noisy one, on CUDA tensors: the choice among its regimes, workspaces, launches.
+#include "../noisy.h"
 #include "linear.h"
 #include "sample_normal.h"
 #include "stream.h"
+#include "sum_values.h"
 
 namespace bnn_fast {
 namespace {
@@ -27,6 +28,11 @@ class Cuda {
   }
 
   Tensor empty(const Tensor& like, const Shape& shape, ScalarType dtype) { return empty_of(like, shape, dtype); }
+
+  static void factors(const Tensor& memory, const Posterior& normals) {
+    void* to = static_cast<char*>(memory.mutable_data_ptr()) + kBeforeFactors * size_of(normals.type);
+    check_cuda(bnn_fast_cuda_factors(&normals, to, OnDevice(memory).stream()), "_noisy_linear");
+  }
 
   // Small layers are bound by launches: one kernel each way. Fused saves passes over the weights, and one of the three draws that a
   // step in the drawn regime makes; but its products are no match for the GEMM's, and it pays while a batch is small. The bounds
@@ -130,5 +136,7 @@ class Cuda {
 BNN_FAST_IMPLEMENT(BNN_FAST_LIBRARY, BNN_FAST_CUDA_KEY, m) {
   m.impl("_variational_linear", TORCH_BOX(&bnn_fast::variational_linear<bnn_fast::Cuda>));
   m.impl("_variational_linear_backward", TORCH_BOX(&bnn_fast::variational_linear_backward<bnn_fast::Cuda>));
+  m.impl("_noisy_linear", TORCH_BOX(&bnn_fast::noisy_linear<bnn_fast::Cuda>));
+  m.impl("_noisy_linear_backward", TORCH_BOX(&bnn_fast::noisy_linear_backward<bnn_fast::Cuda>));
   m.impl("_linear_regime", TORCH_BOX(&bnn_fast::linear_regime<bnn_fast::Cuda>));
 }

@@ -32,21 +32,6 @@ struct SampleArrays {
   float4 by_mu[kQuads], by_sigma[kQuads];
 };
 
-// x of the block's inputs, for all steps: [samples][kBatch][inputs], zero outside.
-template <Type type, int kBatch>
-__device__ __forceinline__ void load_inputs(const LayerBackward& problem, const BackwardPlan& plan, int64_t first_column,
-                                            Stored<type>* to) {
-  auto from = static_cast<const Stored<type>*>(problem.x);
-  int inputs = plan.groups * kSide;
-  for (int i = threadIdx.x; i < plan.members * kBatch * inputs; i += kThreads) {
-    int row = i / inputs, c = i % inputs, sample = row / kBatch, b = row % kBatch;
-    int64_t column = first_column + c;
-    bool inside = sample < problem.samples && b < problem.batch && column >= 0 && column < problem.weight.columns;
-    to[row * plan.x_stride + c / kSide * kSide + place_in_row<type>(c % kSide)] =
-        inside ? from[(sample * problem.batch + b) * problem.weight.columns + column] : Stored<type>(0);
-  }
-}
-
 template <Type type, int kBatch>
 __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) backward_kernel(LayerBackward problem, BackwardPlan plan) {
   using T = Stored<type>;
@@ -75,7 +60,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) backward_kernel
   float share = factor / static_cast<float>(problem.samples);
   QuadNoise noise(p);
   stage_step(step);
-  load_inputs<type, kBatch>(problem, plan, first_column, x_tile);
+  load_inputs<type, kBatch>(static_cast<const T*>(problem.x), plan.members, problem.samples, problem.batch, p.columns, first_column,
+                            plan.groups * kSide, plan.x_stride, x_tile);
   x_tile += at.member * kBatch * plan.x_stride + at.group * kSide;
   Products<type, kBatch> products;
   for (; step < end; ++step) {

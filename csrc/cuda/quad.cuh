@@ -37,6 +37,9 @@ struct WholeQuad {
   __device__ static constexpr bool inside(int) { return true; }
 };
 
+// How a number is stored that is computed in F, where nothing smaller is asked for.
+template <class F> constexpr Type kTypeOf = sizeof(F) == 8 ? Type::kFloat64 : Type::kFloat32;
+
 template <class F> __device__ __forceinline__ F load_element(const void* data, Type type, int64_t i) {
   if constexpr (sizeof(F) == 8) return static_cast<const double*>(data)[i];
   if (type == Type::kFloat32) return static_cast<const float*>(data)[i];
@@ -172,13 +175,15 @@ __device__ __forceinline__ F quad_kl(const F (&mu)[4], const F (&rho)[4], const 
   return scale == kSoftplus ? sum - log_lane(product) : sum;
 }
 
-// The noise of a posterior's quads.
+// The noise of a posterior's quads: normals of its key, or the products of its factors.
 struct QuadNoise {
+  const Posterior& p;
   Noise<PhiloxKey> noise;
   uint32_t first_sample, first_row, first_counter;
 
   explicit __device__ QuadNoise(const Posterior& p)
-      : noise{{0, 0}, p.stream},
+      : p(p),
+        noise{{0, 0}, p.stream},
         first_sample(0),
         first_row(static_cast<uint32_t>(p.row_offset)),
         first_counter(static_cast<uint32_t>(p.column_offset >> 2)) {
@@ -190,11 +195,27 @@ struct QuadNoise {
 
   // counter: the quad's place in its row, counted from the one that holds column 0.
   template <class F> __device__ void draw(int64_t sample, int64_t row, int64_t counter, F (&eps)[4]) const {
+    if (p.column_factors)
+      multiply(row, counter, eps);
+    else
+      normals(sample, row, counter, eps);
+  }
+
+  // The same where there are no factors.
+  template <class F> __device__ void normals(int64_t sample, int64_t row, int64_t counter, F (&eps)[4]) const {
     const uint32_t rows[] = {first_row + static_cast<uint32_t>(row)};
     const uint32_t columns[] = {first_counter + static_cast<uint32_t>(counter)};
     F normal[1][4];
     draw_normals<F>(noise, first_sample + static_cast<uint32_t>(sample), rows, columns, normal);
     for (int i = 0; i < 4; ++i) eps[i] = normal[0][i];
+  }
+
+ private:
+  template <class F> __device__ void multiply(int64_t row, int64_t counter, F (&eps)[4]) const {
+    Quad columns(1, p.columns, 0, counter * 4 - (p.column_offset & 3));
+    load_quad<F>(p.column_factors, kTypeOf<F>, columns, F(0), eps);
+    F factor = p.row_factors && row < p.rows ? static_cast<const F*>(p.row_factors)[row] : F(1);
+    for (int i = 0; i < 4; ++i) eps[i] *= factor;
   }
 };
 
@@ -228,7 +249,7 @@ __device__ double quad_divergence(const Posterior& p, int divergence, int64_t ro
   QuadNoise noise(p);
   for (int64_t s = first; divergence == kSampled && s < samples; s += step) {
     F eps[4];
-    noise.draw<F>(s, row, counter, eps);
+    noise.normals<F>(s, row, counter, eps);
     BNN_UNROLL
     for (int k = 0; k < 4; ++k) {
       F w = fma_lane(spreads[k].sigma, eps[k], mu[k]);

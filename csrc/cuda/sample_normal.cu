@@ -3,11 +3,12 @@
 //   forward    w_s = mu + sigma(rho) eps_s      kl = sum of KL(N(mu, sigma^2) || prior), or of its value at w_s
 //   backward   dmu = sum_s dW_s + k dKL/dmu     drho = sigma' sum_s dW_s eps_s + k dKL/drho
 //
-// With the sampled divergence k dKL_s/dw_s / S is added to dW_s, and only -(log sigma)' is left in dKL/drho.
+// With the sampled divergence k dKL_s/dw_s / S is added to dW_s, and only -(log sigma)' is left in dKL/drho. Of the estimators
+// "local" and "flipout" the forward gives sigma^2 and sigma eps_s, and the backward takes M and D (../cpu/gradient.h).
 //
 // A thread takes every n-th quad, n threads in all: neighbouring threads read neighbouring memory. For each it
 // computes sigma once and walks the samples; the backward draws the noise again. Each block writes its part of the
-// KL as one number, and bnn_fast_cuda_sum adds these. The grid depends on the shape alone and every order is fixed,
+// KL as one number, and sum_values.cu adds these. The grid depends on the shape alone and every order is fixed,
 // so all results have the same bits in every run, on every GPU.
 #include <cuda_runtime.h>
 
@@ -93,6 +94,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor<F, AnyQuad>)
   const Posterior& p = problem.posterior;
   const int divergence = problem.divergence;
   const auto samples = static_cast<uint32_t>(problem.samples);
+  const bool local = problem.estimator == kLocal, flipout = problem.estimator == kFlipout;
   QuadNoise noise(p);
   double kl = 0;
   for_quads<AnyQuad>(p, work.walk, [&](AnyQuad q, uint32_t row, uint32_t counter) {
@@ -119,12 +121,21 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor<F, AnyQuad>)
         if (scale == kSoftplus) log_product = log_lane(product);
       }
     });
+    if (local) {
+      F square[4];
+      for (int k = 0; k < 4; ++k) square[k] = variance(sigma[k]);
+      if (problem.weight) store_quad<F>(problem.weight, problem.weight_type, q, square);
+      if (divergence != kSampled) return;
+    }
     AnyQuad at = q;  // in the weights of sample s
     for (uint32_t s = 0; s < samples; ++s, at.index += work.elements) {
-      F eps[4], w[4];
+      F eps[4], w[4], drawn[4];
       noise.draw(s, row, counter, eps);
-      for (int k = 0; k < 4; ++k) w[k] = fma_lane(sigma[k], eps[k], mu[k]);
-      if (problem.weight) store_quad<F>(problem.weight, problem.weight_type, at, w);
+      for (int k = 0; k < 4; ++k) {
+        w[k] = fma_lane(sigma[k], eps[k], mu[k]);
+        drawn[k] = flipout ? sigma[k] * eps[k] : w[k];
+      }
+      if (problem.weight && !local) store_quad<F>(problem.weight, problem.weight_type, at, drawn);
       if (divergence != kSampled) continue;
       with_prior<F>(p.prior, work.prior, p.type, q, [&](auto prior) {
         F sum = -log_product;
@@ -147,6 +158,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor<F, AnyQuad>)
   const KlGradient& grad_kl = problem.grad_kl;
   const int divergence = problem.divergence;
   const auto samples = static_cast<uint32_t>(problem.samples);
+  const bool local = problem.estimator == kLocal, flipout = problem.estimator == kFlipout;
+  const void* by_draw = flipout ? problem.grad_second : local ? nullptr : problem.grad_weight;  // a gradient for each draw
   QuadNoise noise(p);
   F number = grad_kl.data && !grad_kl.elementwise ? load_number<F>(grad_kl.data, grad_kl.type) : F(0);
   if (divergence == kSampled) number /= static_cast<F>(samples);
@@ -177,19 +190,29 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor<F, AnyQuad>)
         for (int k = 0; k < 4; ++k) d_rho[k] = times(number * static_cast<F>(samples), sampled_kl_by_rho(s[k]));
       }
     });
+    if (problem.estimator != kWeight && problem.grad_weight) {
+      F of_mu[4], second[4] = {};
+      load_quad<F>(problem.grad_weight, kTypeOf<F>, q, F(0), of_mu);
+      if (local) load_quad<F>(problem.grad_second, kTypeOf<F>, q, F(0), second);
+      for (int k = 0; k < 4; ++k) {
+        d_mu[k] += of_mu[k];
+        d_rho[k] = fma_lane(times(second[k], sigma[k]), d_sigma[k], d_rho[k]);
+      }
+    }
     for (uint32_t s = 0; s < samples; ++s) {
-      F eps[4], g[4] = {};
+      F eps[4], g[4] = {}, of_kl[4] = {};  // by the weights, and what of it comes from the KL
       AnyQuad at = q;  // in the weights of sample s
       at.index += s * work.elements;
-      if (problem.grad_weight) load_quad<F>(problem.grad_weight, problem.weight_type, at, F(0), g);
+      if (by_draw) load_quad<F>(by_draw, problem.weight_type, at, F(0), g);
       noise.draw(s, row, counter, eps);
       if (divergence == kSampled)
         with_prior<F>(p.prior, work.prior, p.type, q, [&](auto prior) {
           for (int k = 0; k < 4; ++k)
-            g[k] += times(number, kl_by_location(fma_lane(sigma[k], eps[k], mu[k]), prior(k)));
+            of_kl[k] = times(number, kl_by_location(fma_lane(sigma[k], eps[k], mu[k]), prior(k)));
         });
       for (int k = 0; k < 4; ++k) {
-        d_mu[k] += g[k];
+        g[k] += of_kl[k];
+        d_mu[k] += flipout ? of_kl[k] : g[k];
         d_rho[k] = fma_lane(g[k] * eps[k], d_sigma[k], d_rho[k]);
       }
     }
@@ -222,18 +245,6 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor<F, AnyQuad>)
   });
 }
 
-__global__ void __launch_bounds__(kThreads)
-    sum_kernel(const double* parts, int64_t count, double factor, void* out, Type type) {
-  double sum = 0;
-  for (int64_t i = threadIdx.x; i < count; i += kThreads) sum += parts[i];
-  sum = block_sum(sum) * factor;
-  if (threadIdx.x > 0) return;
-  if (type == Type::kFloat64)
-    *static_cast<double*>(out) = sum;
-  else
-    *static_cast<float*>(out) = static_cast<float>(sum);
-}
-
 template <class F, class P>
 cudaError_t launch(void (*kernel)(Work<F, P>), const P& problem, cudaStream_t stream) {
   const Posterior& p = problem.posterior;
@@ -246,8 +257,8 @@ cudaError_t launch(void (*kernel)(Work<F, P>), const P& problem, cudaStream_t st
 }
 
 // Whether all quads are WholeQuads in the posterior's tensors and in those given.
-bool whole(const Posterior& p, const void* a, const void* b, const void* c) {
-  return all_aligned(p, {p.mu, p.rho, p.prior.loc_tensor, p.prior.scale_tensor, a, b, c});
+bool whole(const Posterior& p, std::initializer_list<const void*> tensors) {
+  return all_aligned(p, {p.mu, p.rho, p.prior.loc_tensor, p.prior.scale_tensor}) && all_aligned(p, tensors);
 }
 
 }  // namespace
@@ -260,7 +271,7 @@ extern "C" cudaError_t bnn_fast_cuda_sample_forward(const SampleForward* problem
   auto queue = static_cast<cudaStream_t>(stream);
   if (problem->posterior.type == Type::kFloat64)
     return launch(sample_forward_kernel<double, Quad>, *problem, queue);
-  if (!whole(problem->posterior, problem->weight, nullptr, nullptr))
+  if (!whole(problem->posterior, {problem->weight}))
     return launch(sample_forward_kernel<float, Quad>, *problem, queue);
   return launch(sample_forward_kernel<float, WholeQuad>, *problem, queue);
 }
@@ -269,11 +280,11 @@ extern "C" cudaError_t bnn_fast_cuda_sample_backward(const SampleBackward* given
   auto queue = static_cast<cudaStream_t>(stream);
   SampleBackward problem = *given;
   if (!problem.grad_kl.data) problem.divergence = kNone;
-  bool through_weights = problem.grad_weight || problem.divergence == kSampled;
-  if (!through_weights) problem.samples = 0;
+  bool draws = problem.divergence == kSampled || (problem.estimator != kLocal && problem.grad_weight);
+  if (!draws) problem.samples = 0;
   if (problem.posterior.type == Type::kFloat64)
     return launch(sample_backward_kernel<double, Quad>, problem, queue);
-  if (!whole(problem.posterior, problem.grad_weight, problem.grad_mu, problem.grad_rho))
+  if (!whole(problem.posterior, {problem.grad_weight, problem.grad_second, problem.grad_mu, problem.grad_rho}))
     return launch(sample_backward_kernel<float, Quad>, problem, queue);
   return launch(sample_backward_kernel<float, WholeQuad>, problem, queue);
 }
@@ -283,12 +294,6 @@ extern "C" cudaError_t bnn_fast_cuda_kl_elements(const KlElements* problem, void
   if (problem->posterior.type == Type::kFloat64)
     return launch(kl_elements_kernel<double, Quad>, *problem, queue);
   return launch(kl_elements_kernel<float, Quad>, *problem, queue);
-}
-
-extern "C" cudaError_t bnn_fast_cuda_sum(const double* parts, int64_t count, double factor, void* out, Type type,
-                                         void* stream) {
-  sum_kernel<<<1, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(parts, count, factor, out, type);
-  return cudaGetLastError();
 }
 
 }  // namespace bnn_fast

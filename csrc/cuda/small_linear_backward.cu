@@ -153,7 +153,7 @@ __global__ void __launch_bounds__(32, 8) small_gradient_kernel(LayerBackward pro
     for (int n = 0; n < 4; ++n) prior[n] = prior_of(n);
   });
   for (int64_t s = threadIdx.x; divergence == kSampled && s < problem.samples; s += 32) {
-    noise.draw<F>(s, at.row, at.counter, eps);
+    noise.normals<F>(s, at.row, at.counter, eps);
     for (int n = 0; n < 4; ++n) {
       F weight = fma_lane(spreads[n].sigma, eps[n], mu[n]);
       F gradient = times(k / static_cast<F>(problem.samples), kl_by_location(weight, prior[n]));

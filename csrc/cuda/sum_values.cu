@@ -4,14 +4,17 @@
 //
 // What counts is the launch, not the work: one thread adds numbers whose addresses come with the launch, as many as have room there;
 // every further launch goes on from what the one before it wrote, rounded to the numbers' type.
+//
+// And the sum of the parts that a kernel's blocks have left in one array, by one block.
 #include <cuda_runtime.h>
 
+#include "quad.cuh"
 #include "sum_values.h"
 
 namespace bnn_fast {
 namespace {
 
-constexpr int kMany = 64;
+constexpr int kMany = 64, kThreads = 256;
 
 struct Values {
   const void* at[kMany];
@@ -37,11 +40,29 @@ template <class T> cudaError_t launch(const void* const* values, int64_t count, 
   return cudaSuccess;
 }
 
+__global__ void __launch_bounds__(kThreads)
+    sum_kernel(const double* parts, int64_t count, double factor, void* out, Type type) {
+  double sum = 0;
+  for (int64_t i = threadIdx.x; i < count; i += kThreads) sum += parts[i];
+  sum = block_sum(sum) * factor;
+  if (threadIdx.x > 0) return;
+  if (type == Type::kFloat64)
+    *static_cast<double*>(out) = sum;
+  else
+    *static_cast<float*>(out) = static_cast<float>(sum);
+}
+
 }  // namespace
 
 extern "C" cudaError_t bnn_fast_cuda_sum_values(const void* const* values, int64_t count, Type type, void* out, void* stream) {
   auto queue = static_cast<cudaStream_t>(stream);
   return type == Type::kFloat64 ? launch<double>(values, count, out, queue) : launch<float>(values, count, out, queue);
+}
+
+extern "C" cudaError_t bnn_fast_cuda_sum(const double* parts, int64_t count, double factor, void* out, Type type,
+                                         void* stream) {
+  sum_kernel<<<1, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(parts, count, factor, out, type);
+  return cudaGetLastError();
 }
 
 }  // namespace bnn_fast

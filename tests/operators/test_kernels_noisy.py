@@ -124,15 +124,6 @@ def test_the_noise_is_that_of_streams_5_and_6_bit_for_bit():
     assert torch.equal(drawn, normals(inputs, 5, dtype=torch.float32))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_where_torch_multiplies(dtype, monkeypatch):
-    """As on CUDA: normals of the compiled operator, all else of torch's."""
-    monkeypatch.setattr(functional, "_WITHOUT_NOISY", ("cpu",))
-    monkeypatch.delattr(functional.autograd, "NOISY")
-    check((3,), 19, 37, dtype, offsets=(3, 6))
-    check((40,), 19, 37, dtype, bias=False)
-
-
 def test_a_shard_has_the_noise_that_it_has_in_the_whole_bit_for_bit():
     mu, sigma, biases = *posterior(40, 70), posterior(40, seed=1)
     x = random(5, 70)

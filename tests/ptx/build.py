@@ -103,14 +103,16 @@ def link(objects: list[Path]) -> Path:
     return make(folder, command) / library.name
 
 
+def cubin(source: Path, architecture: str) -> Path:
+    """The folder with a source's code for an architecture, compiled as setup.py does, as out.o; a warning is an error."""
+    flags = [*NVCC_FLAGS, "-Werror=all-warnings", "-cubin", "-Xptxas=-v", f"-arch=sm_{architecture}"]
+    return cached(source, flags, headers_of(CSRC))
+
+
 def resources(architectures: list[str], sources: list[Path] | None = None) -> list[Resources]:
-    """Of every kernel on these architectures, compiled as setup.py does; a warning is an error."""
-    flags = [*NVCC_FLAGS, "-Werror=all-warnings", "-cubin", "-Xptxas=-v"]
+    """Of every kernel on these architectures."""
     pairs = [(source, name) for source in sources or kernel_sources() for name in architectures]
-    headers = headers_of(CSRC)
-    folders = in_parallel(
-        [functools.partial(cached, source, [*flags, f"-arch=sm_{name}"], headers) for source, name in pairs]
-    )
+    folders = in_parallel([functools.partial(cubin, source, name) for source, name in pairs])
     found = []
     for (source, name), folder in zip(pairs, folders):
         found += parse_resources(source.name, name, (folder / "log").read_text())

@@ -1,7 +1,8 @@
-"""Prints what ptxas gives each kernel on each default architecture: `make ptx-report`."""
+"""Prints what ptxas gives each kernel on each default architecture, and what the fused ones issue for a weight: `make ptx-report`."""
 
 from __future__ import annotations
 
+from ptx import issued
 from ptx.build import Resources, architectures, find_nvcc, resources
 
 
@@ -35,3 +36,7 @@ if __name__ == "__main__":
     if find_nvcc() is None:
         raise SystemExit("nvcc was not found: put it on PATH, or its toolkit's folder in CUDA_HOME")
     print(table(resources(architectures())))
+    if (nvdisasm := issued.find_nvdisasm()) is None:
+        print("\nnvdisasm was not found, on PATH or beside nvcc: no instructions a weight")
+    else:
+        print("\n" + issued.table(issued.rows(nvdisasm)))
