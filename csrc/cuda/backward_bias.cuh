@@ -18,7 +18,8 @@ __device__ void bias_gradient(const LayerBackward& problem, int64_t counter) {
   int divergence = problem.grad_kl.data ? problem.divergence : int(kNone);
   float k = divergence == kNone ? 0.0f : load_element<float>(problem.grad_kl.data, problem.grad_kl.type, 0);
   float by_mu[4], by_rho[4];
-  quad_gradient<float>(p, divergence, k, 0, counter, 0, problem.samples, [&](int64_t s, float (&grad)[4]) {
+  quad_gradient<float>(p, divergence, k, 0, counter, 0, problem.samples, [&](int64_t s, float (&eps)[4], float (&grad)[4]) {
+    QuadNoise(p).draw(s, 0, counter, eps);
     for (int64_t b = 0; b < problem.batch; ++b) {
       float g[4];
       Quad outputs(problem.samples * problem.batch, p.columns, s * problem.batch + b, quad.index);

@@ -1,8 +1,8 @@
 // sample_rows on CUDA tensors. Operators: ../sample_rows.h. Kernels: sample_rows.cu.
 #include "../sample_rows.h"
-#include "sample_normal.h"
 #include "sample_rows.h"
 #include "stream.h"
+#include "sum_values.h"
 
 namespace bnn_fast {
 namespace {

@@ -9,10 +9,10 @@
 
 namespace bnn_fast {
 
-// k: the gradient that reaches the KL. gradient_of(s, dW) adds that of draw s to the four of dW, which are 0.
-template <class F, class GradientOf>
+// k: the gradient that reaches the KL. of_draw(s, eps, dW) gives the noise of draw s, and adds its gradient to the four of dW, which are 0.
+template <class F, class OfDraw>
 __device__ void quad_gradient(const Posterior& p, int divergence, F k, int64_t row, int64_t counter, int64_t first, int64_t samples,
-                              GradientOf gradient_of, F (&by_mu)[4], F (&by_rho)[4]) {
+                              OfDraw of_draw, F (&by_mu)[4], F (&by_rho)[4]) {
   Quad quad = quad_at(p, row, counter);
   F mu[4], rho[4];
   load_quad<F>(p.mu, p.type, quad, F(0), mu);
@@ -27,8 +27,7 @@ __device__ void quad_gradient(const Posterior& p, int divergence, F k, int64_t r
       for (int n = 0; n < 4; ++n) spreads[n] = spread<scale>(rho[n]);
       for (int64_t s = first; s < first + samples; ++s) {
         F eps[4], grad[4] = {};
-        QuadNoise(p).draw<F>(s, row, counter, eps);
-        gradient_of(s, grad);
+        of_draw(s, eps, grad);
         BNN_UNROLL
         for (int n = 0; n < 4; ++n) {
           if (divergence == kSampled) grad[n] += times(share, kl_by_location(fma_lane(spreads[n].sigma, eps[n], mu[n]), prior(n)));

@@ -15,6 +15,7 @@ namespace bnn_fast {
 namespace {
 
 constexpr unsigned kThreads = 256;
+template <class F> constexpr int kBlocksPerProcessor = sizeof(F) == 4 ? 3 : 1;  // left to itself ptxas spills to have room for four
 
 // How a block's threads share look-ups: so many, a power of two, take the quads of one.
 struct Shares {
@@ -51,7 +52,7 @@ __device__ __forceinline__ void for_quads(const Posterior& p, const Place& place
 }
 
 template <class F>
-__global__ void __launch_bounds__(kThreads) rows_forward_kernel(const __grid_constant__ RowsForward problem, unsigned across) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor<F>) rows_forward_kernel(const __grid_constant__ RowsForward problem, unsigned across) {
   const Posterior& p = problem.posterior;
   Place place(problem.at, across);
   int64_t draw = place.there ? problem.at.draw_of(place.i) : 0;
@@ -63,7 +64,7 @@ __global__ void __launch_bounds__(kThreads) rows_forward_kernel(const __grid_con
       F mu[4], rho[4], eps[4];
       load_quad<F>(p.mu, p.type, from, F(0), mu);
       load_quad<F>(p.rho, p.type, from, F(-INFINITY), rho);
-      QuadNoise(p).draw(draw, place.row, counter, eps);
+      QuadNoise(p).normals(draw, place.row, counter, eps);
       with_scale(p.scale, [&]<int scale>() {
         BNN_UNROLL
         for (int k = 0; k < 4; ++k) w[k] = fma_lane(spread<scale>(rho[k]).sigma, eps[k], mu[k]);
@@ -79,7 +80,7 @@ __global__ void __launch_bounds__(kThreads) rows_forward_kernel(const __grid_con
 }
 
 template <class F>
-__global__ void __launch_bounds__(kThreads) rows_backward_kernel(const __grid_constant__ RowsBackward problem, unsigned across) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor<F>) rows_backward_kernel(const __grid_constant__ RowsBackward problem, unsigned across) {
   const Posterior& p = problem.posterior;
   Place place(problem.at, across);
   int divergence = problem.grad_kl.data ? problem.divergence : int(kNone);
@@ -89,7 +90,8 @@ __global__ void __launch_bounds__(kThreads) rows_backward_kernel(const __grid_co
   for_quads(p, place, problem.at, across, [&](int64_t counter, const Quad& to) {
     F by_mu[4] = {}, by_rho[4] = {};
     if (place.there)
-      quad_gradient<F>(p, divergence, k, place.row, counter, draw, 1, [&](int64_t, F (&grad)[4]) {
+      quad_gradient<F>(p, divergence, k, place.row, counter, draw, 1, [&](int64_t, F (&eps)[4], F (&grad)[4]) {
+        QuadNoise(p).normals(draw, place.row, counter, eps);
         if (problem.grad_weight) load_quad<F>(problem.grad_weight, p.type, to, F(0), grad);
       }, by_mu, by_rho);
     store_quad<F>(problem.grad_mu, p.type, to, by_mu);
