@@ -1,8 +1,8 @@
 // The variational linear layer as every device sees it: arguments and their checks, the two operators, and the large-batch regime,
 // which is drawing and the vendor's GEMM.
 //
-//   small, fused         (few weights; small batch, or any where the device's kernels outrun the vendor's GEMM) products by those
-//                        kernels, of which the fused ones draw the weights tile by tile and never write them
+//   small, fused         (few weights; small batch, or a large one where the device's kernels outrun the vendor's GEMM) products by
+//                        those kernels, of which the fused ones draw the weights tile by tile and never write them
 //   drawn (large batch)  one pass draws the weights with their KL, the vendor's GEMM multiplies; backward, the same pass and
 //                        GEMM give dx, another GEMM dW, and one pass turns dW into dmu and drho, where the device can and there
 //                        is one sample with the noise that the first of these passes left

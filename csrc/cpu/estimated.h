@@ -56,8 +56,9 @@ class Estimated {
 
   // Fused saves passes over what is as large as the weights; the GEMMs have the better rate where there are many rows. Measured on
   // one busy core with AVX2 at 1024 x 1024, forward and backward: fused over GEMMs is 1.0 to 1.2 at 32 rows, 1.1 to 1.5 at 64. Where
-  // products here outrun the GEMM, on two threads: 0.7 to 0.96 at 64 rows, 0.9 at 512, 1.0 to 1.1 at 1024; and 1.2 of 100 x 100 weights.
-  bool fused() const { return rows_ <= (p_.rows * p_.columns >= 1 << 16 && type_ == ScalarType::Float && outruns_gemm() ? 512 : 32); }
+  // products here outrun the GEMM it is 0.6 at 64 rows and 0.8 at 512, on two threads; but then no more than keep the parts of dx, one
+  // for each of 16 tasks, no larger than the weights.
+  bool fused() const { return rows_ <= 32 || (type_ == ScalarType::Float && rows_ * 16 <= p_.rows && fuses_large_batches()); }
 
   // Rows of the activations that are of one example.
   int64_t per_example() const { return examples_ > 0 ? batch_ / examples_ : 0; }
@@ -114,12 +115,12 @@ class Estimated {
     Tensor z = second_input<T>(), first = empty({rows_, p_.rows}), second = empty({rows_, p_.rows});
     if (fused()) {
       Tensor packed = pack_input(input_, p_, rows_), packed_second = pack_input(z, p_, rows_);
-      int64_t tasks = (p_.rows + kRowBlock - 1) / kRowBlock;
+      int64_t tasks = (p_.rows + kOutputsPerTask - 1) / kOutputsPerTask;
       std::vector<double> kl(a_.divergence == kNone ? 0 : tasks);
       EstimatedForward problem{p_, static_cast<int>(a_.divergence), estimator_, a_.samples, kernel_batch(), packed.const_data_ptr(),
                                packed_second.const_data_ptr(), first.mutable_data_ptr(), second.mutable_data_ptr(),
                                kl.empty() ? nullptr : kl.data()};
-      run(cpu_kernels().estimated_forward, problem, tasks, kRowBlock * p_.columns);
+      run(cpu_kernels().estimated_forward, problem, tasks, kOutputsPerTask * p_.columns);
       kl_ += sum_of(kl) / (a_.divergence == kSampled ? static_cast<double>(a_.samples) : 1.0);
     } else {
       first = product(input_, transposed(in_type(a_.weight.mu)));

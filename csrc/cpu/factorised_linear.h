@@ -63,7 +63,7 @@ template <class F, int R> void factorised_forward_rows(const LinearForward& prob
         store<F>(tile + r * kTile + i, factorised_weight(mu.at(r, i), sigma.at(r, i), splat<F>(factors[r]) * column));
     }
     const S* x = static_cast<const S*>(problem.x) + c * problem.batch;
-    multiply_tile<F, R>(tile, x, problem.batch, problem.batch, span.width / W, sums);
+    multiply_tile<F, R>(RowsOfTile<S, R>(tile).at, x, problem.batch, problem.batch, span.width / W, sums);
   }
   for (int64_t b = 0; b < problem.batch; ++b) {
     S y[R];

@@ -19,7 +19,7 @@ struct CpuKernels {
   void (*pack)(const Pack&, int64_t begin, int64_t end);                       // tasks: vectors
   void (*linear_forward)(const LinearForward&, int64_t begin, int64_t end);    // tasks: kOutputsPerTask outputs
   void (*linear_backward)(const LinearBackward&, int64_t begin, int64_t end);  // tasks: blocks of column_block inputs
-  void (*estimated_forward)(const EstimatedForward&, int64_t begin, int64_t end);    // tasks: kRowBlock outputs
+  void (*estimated_forward)(const EstimatedForward&, int64_t begin, int64_t end);    // as linear_forward
   void (*estimated_backward)(const EstimatedBackward&, int64_t begin, int64_t end);  // tasks: rows_per_task outputs
   void (*local_outputs)(const LocalOutputs&, int64_t begin, int64_t end);            // tasks: Tasks(posterior)
   void (*chain_forward)(const ChainForward&, int64_t begin, int64_t end);    // tasks: ChainTasks(kMostRows)
@@ -29,8 +29,7 @@ struct CpuKernels {
   void (*narrow_backward)(const NarrowBackward&, int64_t begin, int64_t end);  // tasks: NarrowTasks
 };
 
-constexpr int64_t kOutputsPerTask = 8;  // of the layer that draws
-constexpr int64_t kRowBlock = 4;        // of the other estimators
+constexpr int64_t kOutputsPerTask = 8;
 
 // Columns in a task of the backward, a multiple of 64: narrow enough for eight tasks where that is possible, wide enough to
 // stream and to draw 128 at a time (8 to 16 % less time than with half of it, at 1024 to 2048 columns).
@@ -41,7 +40,7 @@ inline int64_t column_block(int64_t columns) {
 
 const CpuKernels& cpu_kernels();
 
-// Whether products here outrun torch's GEMM at any batch. On AMD's processors MKL keeps to vectors of 256 bits, and from Zen 5 on those of
+// Whether products here outrun torch's GEMM. On AMD's processors MKL keeps to vectors of 256 bits, and from Zen 5 on those of
 // 512 have twice their rate: measured on one, a thread's GEMM 110 GFLOP/s, products here 130 to 230.
 bool outruns_gemm();
 

@@ -21,6 +21,10 @@ constexpr int64_t kGrainWeights = 8192;
 // time: 4 MiB of float32. KEPT in bnn_fast/operators/arguments.py.
 constexpr int64_t kKept = int64_t(1) << 20;
 
+// Whether fused layers take large batches, too: their products outrun torch's GEMM, and the threads are no more than the tasks that a middle-sized
+// layer has for them.
+inline bool fuses_large_batches() { return outruns_gemm() && torch::stable::get_num_threads() <= 8; }
+
 template <class Problem>
 void run(void (*kernel)(const Problem&, int64_t, int64_t), const Problem& problem, int64_t tasks, int64_t weights_per_task) {
   int64_t grain = weights_per_task > 0 ? (kGrainWeights + weights_per_task - 1) / weights_per_task : tasks;

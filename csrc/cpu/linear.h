@@ -34,10 +34,10 @@ BNN_FN void prefetch(const Posterior& p, int64_t row, int64_t first, int64_t wid
   }
 }
 
-// sums[b][r] += w[r] . x[b] over a span, for B batch rows at a time. The span is summed by itself first: one chain of
+// sums[b][r] += w[r] . x[b] over a span, for B batch rows at a time; w has each row's place. The span is summed by itself first: one chain of
 // roundings over all inputs would err several times more.
 template <class F, int R, int B>
-BNN_FN void multiply_batch(const ScalarOf<F>* w, const ScalarOf<F>* x, int64_t stride, int vectors, F* sums) {
+BNN_FN void multiply_batch(const ScalarOf<F>* const (&w)[R], const ScalarOf<F>* x, int64_t stride, int vectors, F* sums) {
   constexpr int W = Lane<F>::width;
   F a[B][R];
   for (int b = 0; b < B; ++b)
@@ -46,7 +46,7 @@ BNN_FN void multiply_batch(const ScalarOf<F>* w, const ScalarOf<F>* x, int64_t s
     F input[B];
     for (int b = 0; b < B; ++b) input[b] = load<F>(x + b * W);
     for (int r = 0; r < R; ++r) {
-      F row = in_register(load<F>(w + r * kTile + v * W));
+      F row = in_register(load<F>(w[r] + v * W));
       for (int b = 0; b < B; ++b) a[b][r] = fma_lane(row, input[b], a[b][r]);
     }
   }
@@ -56,7 +56,7 @@ BNN_FN void multiply_batch(const ScalarOf<F>* w, const ScalarOf<F>* x, int64_t s
 
 // x points at the batch rows of one sample in the span's first vector; stride is how many rows there are of all samples.
 template <class F, int R>
-inline void multiply_tile(const ScalarOf<F>* w, const ScalarOf<F>* x, int64_t stride, int64_t batch, int vectors, F* sums) {
+BNN_FN void multiply_tile(const ScalarOf<F>* const (&w)[R], const ScalarOf<F>* x, int64_t stride, int64_t batch, int vectors, F* sums) {
   constexpr int W = Lane<F>::width;
   constexpr int B = W < 16 ? 2 : R > 4 ? 3 : 4;  // B * R sums, B inputs and a weight stay in registers
   int64_t b = 0;
@@ -67,6 +67,14 @@ inline void multiply_tile(const ScalarOf<F>* w, const ScalarOf<F>* x, int64_t st
   }
   for (; b < batch; ++b) multiply_batch<F, R, 1>(w, x + b * W, stride, vectors, sums + b * R);
 }
+
+// Where each of R rows of a tile is.
+template <class S, int R> struct RowsOfTile {
+  const S* at[R];
+  BNN_FN explicit RowsOfTile(const S* tile) {
+    for (int r = 0; r < R; ++r) at[r] = tile + r * kTile;
+  }
+};
 
 template <class F, int R>
 inline void forward_rows(const LinearForward& problem, int64_t row, PriorSpan<F>& prior, const SpanNoise& noise,
@@ -102,7 +110,7 @@ inline void forward_rows(const LinearForward& problem, int64_t row, PriorSpan<F>
                      tile + r * kTile, kl);
         width = span.width;
       }
-      multiply_tile<F, R>(tile, x + c * x_rows, x_rows, problem.batch, width / W, sums);
+      multiply_tile<F, R>(RowsOfTile<S, R>(tile).at, x + c * x_rows, x_rows, problem.batch, width / W, sums);
     }
     for (int64_t b = 0; b < problem.batch; ++b) {
       S y[R];
@@ -165,13 +173,13 @@ static_assert(kGradientOutputs % kOutputsPerTask == 0 && kOutputsPerSum % kGradi
 // grad_weight[r] = sum_b g[b][r] x[b] and grad_x[b] += sum_r g[b][r] w[r] over a span; g has rows of kGradientOutputs, x and
 // grad_x each a stride of its own.
 template <class F, int R, bool with_x>
-BNN_FN void outer_tile(const ScalarOf<F>* w, const ScalarOf<F>* g, const ScalarOf<F>* x, int64_t x_stride, ScalarOf<F>* grad_x,
+BNN_FN void outer_tile(const ScalarOf<F>* const (&w)[R], const ScalarOf<F>* g, const ScalarOf<F>* x, int64_t x_stride, ScalarOf<F>* grad_x,
                        int64_t stride, int64_t batch, int vectors, ScalarOf<F>* grad_weight) {
   constexpr int W = Lane<F>::width;
   for (int v = 0; v < vectors; ++v, x += x_stride * W, grad_x += with_x ? stride * W : 0) {
     F row[R], sum[R];
     for (int r = 0; r < R; ++r) {
-      row[r] = load<F>(w + r * kTile + v * W);
+      row[r] = load<F>(w[r] + v * W);
       sum[r] = splat<F>(0);
     }
     for (int64_t b = 0; b < batch; ++b) {
@@ -211,11 +219,11 @@ inline void backward_rows(const LinearBackward& problem, int64_t row, int64_t be
     int64_t first = s * problem.batch;
     int vectors = spans[0].width / W;
     const S *g_s = g + first * kGradientOutputs, *x_s = x + (problem.shared ? 0 : first * W);
-    if (grad_x) {
-      outer_tile<F, R, true>(weight, g_s, x_s, x_rows, grad_x + first * W, all, problem.batch, vectors, grad_weight);
-    } else {
-      outer_tile<F, R, false>(weight, g_s, x_s, x_rows, nullptr, all, problem.batch, vectors, grad_weight);
-    }
+    RowsOfTile<S, R> rows(weight);
+    if (grad_x)
+      outer_tile<F, R, true>(rows.at, g_s, x_s, x_rows, grad_x + first * W, all, problem.batch, vectors, grad_weight);
+    else
+      outer_tile<F, R, false>(rows.at, g_s, x_s, x_rows, nullptr, all, problem.batch, vectors, grad_weight);
     for (int r = 0; r < R; ++r) gradient[r].accumulate(spans[r], s, draws[r]);
   }
   for (int r = 0; r < R; ++r) gradient[r].finish(spans[r], draws[r], problem.grad_mu, problem.grad_rho);

@@ -1,5 +1,6 @@
 // The variational linear layer on the CPU: its fused and narrow regimes, and the choice among the three. Kernels:
 // linear.h, narrow.h.
+#include <algorithm>
 #include <cmath>
 #include <memory>
 
@@ -51,13 +52,14 @@ class Cpu {
   // (0.66 to 1.0) at 64, 0.79 to 0.96 (0.60 to 0.96) at 128; of 64 inputs and 256 outputs it crosses 1 between 32 and 64. With ten
   // samples, on two threads, whole steps of 64-256-256-10 at 64 and 784-400-400-10 at 128 took 1.2 and 1.03 of the fused regime's.
   // Where products here outrun the GEMM, a fused step took 0.61 to 0.99 of a drawn one's time, from 64 x 256 weights at 64 rows to 2048 x 2048
-  // at 1024, with ten samples too.
+  // at 1024, with ten samples too; of nn.Linear's 0.95 at 4096 rows of 784 x 400, but 1.5 at 16,000, which no cache holds.
   static Regime choose(const Posterior& weight, ScalarType activations, int64_t samples, int64_t batch) {
     bool single = weight.type == Type::kFloat32 && activations == ScalarType::Float;
     bool narrow = weight.rows <= kNarrow && weight.columns <= kNarrow && (samples == 1 || batch >= 8);
     if (single && narrow && cpu_kernels().narrow_forward) return Regime::kSmall;
     int64_t size = weight.rows * weight.columns, most = size < 1 << 15 ? 32 : samples == 1 ? 48 : 128;
-    return batch <= most || (single && size >= 1 << 13 && outruns_gemm()) ? Regime::kFused : Regime::kDrawn;
+    if (single && size >= 1 << 13 && fuses_large_batches()) most = std::max(most, 4096 / samples);
+    return batch <= most ? Regime::kFused : Regime::kDrawn;
   }
 
   Tensor fused_forward(const LinearArguments& a, const Tensor& x, int64_t batch) {

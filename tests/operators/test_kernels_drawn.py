@@ -77,8 +77,10 @@ def test_the_gemm_has_many_rows_but_where_products_here_outrun_it():
     wide = (build_info()["cpu_capability"] == "avx512" and fields.get("vendor_id") == "AuthenticAMD"
             and int(fields["cpu family"]) >= 26)
     for size, batch, regime in (((128, 64), 49, "fused" if wide else "drawn"), ((400, 300), 4000, "fused" if wide else "drawn"),
-                                ((19, 69), 40, "drawn"), ((400, 300), 48, "fused")):
+                                ((19, 69), 40, "drawn"), ((400, 300), 5000, "drawn"), ((400, 300), 48, "fused")):
         assert regime_of(torch.empty(batch, size[1]), torch.empty(size), 1) == regime, (size, batch)
+    torch.set_num_threads(9)  # more than a layer has tasks for
+    assert regime_of(torch.empty(4000, 300), torch.empty(400, 300), 1) == "drawn"
     assert regime_of(torch.empty(64, 300, dtype=torch.float64), torch.empty(400, 300, dtype=torch.float64), 1) == "drawn"
     assert regime_of(torch.empty(64, 300, dtype=torch.bfloat16), torch.empty(400, 300), 1) == "drawn"
 
