@@ -36,8 +36,8 @@ for _module in (functional, initialisation, reference):
 
 __all__ = [
     "Bernoulli", "Categorical", "ClassPrediction", "ELBO", "FamilyPrediction", "Gaussian", "GaussianPrediction",
-    "HeteroscedasticGaussian", "LaplaceNoise", "MixturePrediction", "NegativeBinomial", "NoisyLinear", "Normal", "Poisson", "Prediction", "Sequential",
-    "StudentTNoise", "Variational", "VariationalBatchNorm1d",
+    "HeteroscedasticGaussian", "LaplaceNoise", "MixturePrediction", "NegativeBinomial", "NoisyLinear", "Normal", "Poisson",
+    "Prediction", "Sequential", "StudentTNoise", "Variational", "VariationalBatchNorm1d",
     "VariationalBatchNorm2d", "VariationalBatchNorm3d", "VariationalBilinear", "VariationalConv1d",
     "VariationalConv2d", "VariationalConv3d", "VariationalConvTranspose1d", "VariationalConvTranspose2d",
     "VariationalConvTranspose3d", "VariationalEmbedding", "VariationalEmbeddingBag",

@@ -53,7 +53,9 @@ def _by_torch(likelihood, outputs, targets) -> Tensor | None:
     loss = _LOSSES.get(type(likelihood))
     if loss is None or torch.compiler.is_compiling() or not is_plain(likelihood):
         return None
-    if not (isinstance(outputs, Tensor) and isinstance(targets, Tensor)) or outputs.dtype not in (torch.float32, torch.float64) or outputs.numel() == 0:
+    if not (isinstance(outputs, Tensor) and isinstance(targets, Tensor)) or outputs.numel() == 0:
+        return None
+    if outputs.dtype not in (torch.float32, torch.float64):
         return None
     return loss(likelihood, outputs, targets)
 

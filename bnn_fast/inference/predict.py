@@ -60,7 +60,8 @@ def predict(model: nn.Module, x, likelihood: nn.Module | None = None, n_samples:
             nothing of several rows together.
         head: the name of the module that has all the variational layers and gives what the model gives ("fc"): the rest of the
             model runs once for all draws. Of an nn.Sequential, what comes before the first variational layer does so anyway,
-            unless it draws random numbers (of torch's generator: one of its own, or numpy's, is not seen). What comes later in any other model runs for every draw.
+            unless it draws random numbers (of torch's generator: one of its own, or numpy's, is not seen). What comes later in any
+            other model runs for every draw.
         output: a function that chooses or makes the output, a tensor, from what the model gives.
 
     Returns a `Prediction`; with a likelihood a `GaussianPrediction` or a `ClassPrediction`. Mean and variance

@@ -38,9 +38,9 @@ class sampling:
     within take them along until they end) and have to be left in the reverse order: RuntimeError otherwise, as when two
     generators, which share the variables of whoever runs them, overlap. `mc_forward`, `ELBO`, `predict` and `draw` without
     a seed take that of a context around them, or its means. Layers with another estimator than "weight" draw weights where a draw
-    is pinned (a seed, pinned=True), as only those are a network, and what their estimator says elsewhere. Recomputation by activation checkpointing, which runs in the
-    backward pass, draws as in the first pass; with use_reentrant=True, as in the layer's latest call before the backward
-    pass.
+    is pinned (a seed, pinned=True), as only those are a network, and what their estimator says elsewhere. Recomputation by activation
+    checkpointing, which runs in the backward pass, draws as in the first pass; with use_reentrant=True, as in the layer's latest
+    call before the backward pass.
     """
 
     def __init__(self, model: nn.Module, n_samples: int = 1, seed: int | None = None, first_sample: int = 0,

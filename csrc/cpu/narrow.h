@@ -7,7 +7,8 @@
 // Two products serve both: add_rows (y and dx) and outer_rows (dW), with vectors along the rows of the result. Of the vectors
 // that a row of n is cut into, the last ends with the row and so overlaps the one before it. A row shorter than a vector is
 // read and written beyond its end, into the rows that follow: what is read there is not used, and what is written there these
-// rows write over. Where no more rows follow (vectors_fit) a copy takes their place. Where a result has one column, vectors run along the sum instead (dot_rows), and dW is formed as its transpose.
+// rows write over. Where no more rows follow (vectors_fit) a copy takes their place. Where a result has one column, vectors run along
+// the sum instead (dot_rows), and dW is formed as its transpose.
 #pragma once
 
 #include "span.h"

@@ -52,7 +52,8 @@ __device__ __forceinline__ void for_quads(const Posterior& p, const Place& place
 }
 
 template <class F>
-__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor<F>) rows_forward_kernel(const __grid_constant__ RowsForward problem, unsigned across) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor<F>)
+    rows_forward_kernel(const __grid_constant__ RowsForward problem, unsigned across) {
   const Posterior& p = problem.posterior;
   Place place(problem.at, across);
   int64_t draw = place.there ? problem.at.draw_of(place.i) : 0;
@@ -80,7 +81,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor<F>) rows_forward
 }
 
 template <class F>
-__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor<F>) rows_backward_kernel(const __grid_constant__ RowsBackward problem, unsigned across) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor<F>)
+    rows_backward_kernel(const __grid_constant__ RowsBackward problem, unsigned across) {
   const Posterior& p = problem.posterior;
   Place place(problem.at, across);
   int divergence = problem.grad_kl.data ? problem.divergence : int(kNone);
