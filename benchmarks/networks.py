@@ -53,7 +53,7 @@ def step(provider: Provider, sizes: Sizes, batch: int, device: str, draws: int =
             found = nll(model(x), y)
             return found if provider.kl is None else found + provider.kl(model) / N_DATA
 
-    optimiser = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
+    optimiser = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True, capturable=device == "cuda")
 
     def run():
         optimiser.zero_grad()

@@ -13,6 +13,10 @@ using Integers = std::vector<int64_t>;
 
 constexpr int64_t kCounterWord = int64_t(1) << 32;  // values of one word of the noise counter
 
+// Elements, drawn weights of a chain or the noise of rows that are looked up, that a forward keeps for its backward: 4 MiB of float32.
+// KEPT in bnn_fast/operators/arguments.py.
+constexpr int64_t kKept = int64_t(1) << 20;
+
 // Each number's meaning is in posterior.h and divergence.h; places: see ops.cpp.
 struct Options {
   int64_t scale, places, divergence = kAnalytic, samples = 1, stream = 0, row_offset = 0, column_offset = 0;

@@ -1,4 +1,12 @@
-// A chain of linear layers with activations as every device sees it: arguments and their checks (ops.cpp has what is in the lists).
+// A chain of linear layers with activations as every device sees it: arguments and their checks (ops.cpp has what is in the lists), and
+// the two operators.
+//
+// A Device brings what differs (cpu/chain.cpp, cuda/bind_chain.cpp):
+//   static void check(arguments, dtype)                  whether it takes these types and widths
+//   Device(arguments, like)                              like: the first parameter
+//   (y, KL, the drawn weights or nothing) forward(x)
+//   void backward(x, grad_y, grad_kl, kept, need_x, grads)   grads: of x, empty where it is not needed, and of all parameters
+//   void put_together(grad_kl, grads)                    the parameters' alone, of the KL alone
 #pragma once
 
 #include "activation.h"
@@ -75,9 +83,6 @@ struct ChainArguments {
                     "parameters, keys, prior and numbers have ", parameters.size(), ", ", keys.size(), ", ", prior.size(), " and ",
                     numbers.size(), ", expected ", tensor, ", ", key, ", ", of_prior, " and ", number + 2 * count, " for these options");
     for (Layer& layer : layers) layer.first = numbers[number++], layer.second = numbers[number++];
-    ScalarType type = parameters[0].scalar_type();
-    STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double, "parameters have dtype number ", static_cast<int>(type),
-                    ", expected float32 or float64");
   }
 
   int64_t inputs() const { return layers.front().inputs; }
@@ -109,5 +114,36 @@ struct ChainArguments {
     return dense(t);
   }
 };
+
+// (y, KL, kept)
+template <class Device>
+std::tuple<Tensor, Tensor, Tensor> variational_chain(const Tensor& x, const Tensors& parameters, const Tensors& keys, const Tensors& prior,
+                                                     const Numbers& numbers, const Integers& options) {
+  ChainArguments a(parameters, keys, prior, numbers, options);
+  Device::check(a, parameters[0].scalar_type());
+  return Device(a, parameters[0]).forward(x);
+}
+
+template <class Device>
+Tensors variational_chain_backward(const OptionalTensors& given, const OptionalTensor& x, const Tensors& parameters, const Tensors& keys,
+                                   const Tensors& prior, const Numbers& numbers, const Integers& options, bool need_grad_x,
+                                   const OptionalTensor& kept) {
+  ChainArguments a(parameters, keys, prior, numbers, options);
+  const Tensor& like = parameters[0];
+  Device::check(a, like.scalar_type());
+  check_gradients(given, {"grad_y", "grad_kl"});
+  const OptionalTensor &grad_y = given[0], &grad_kl = given[1];
+  STD_TORCH_CHECK(x || !grad_y, "x is absent, expected it with grad_y");
+  if (grad_kl) check_gradient(*grad_kl, "grad_kl", {}, compute_type(like.scalar_type()), like);
+  KlGradient k = make_kl_gradient(grad_kl, false);
+  Tensors grads{empty_of(like, {0}, like.scalar_type())};
+  for (const Tensor& t : parameters) grads.push_back(empty_of(t, shape_of(t), t.scalar_type()));
+  Device chain(a, like);
+  if (grad_y)
+    chain.backward(*x, *grad_y, k, kept, need_grad_x, grads);
+  else
+    chain.put_together(k, grads);
+  return grads;
+}
 
 }  // namespace bnn_fast

@@ -70,7 +70,7 @@ BNN_FAST_DEFINE(BNN_FAST_LIBRARY, m) {
   m.def(
       "_estimated_linear_backward(Tensor?[] grads, Tensor? x, Tensor[] posterior, Tensor key, Tensor[] prior, "
       "float[] numbers, int[] options, bool need_grad_x, Tensor? kept) -> Tensor[]");
-  // A chain of linear layers with activations (cpu/chain.h), on the CPU alone. `parameters` are each layer's, mu and rho of one
+  // A chain of linear layers with activations (cpu/chain.h, cuda/chain_*.cu). `parameters` are each layer's, mu and rho of one
   // that is drawn; keys are of those, and numbers are theirs and then two of every layer's activation. `kept` are the drawn weights,
   // or nothing where they are many.
   m.def(

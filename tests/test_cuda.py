@@ -157,24 +157,75 @@ def test_a_step_never_waits_for_the_device(features, batch, estimator):
         torch.cuda.set_sync_debug_mode("default")
 
 
+def tutorial_network(layer=bf.VariationalLinear):
+    sizes = (1, 20, 20, 20, 20, 1)
+    return torch.nn.Sequential(*[part for pair in zip(sizes, sizes[1:]) for part in (layer(*pair), torch.nn.ReLU())][:-1]).cuda()
+
+
+def kernels_of_a_step(model) -> list[str]:
+    elbo = bf.ELBO(model, bf.Gaussian(1.0).cuda(), 100)
+    x, y = torch.randn(8, 1, device="cuda"), torch.randn(8, 1, device="cuda")
+    elbo(x, y).backward()
+    for parameter in elbo.parameters():
+        parameter.grad = None
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        elbo(x, y).backward()
+        torch.cuda.synchronize()
+    return [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+
+
 @pytest.mark.cuda
 def test_launches_of_a_training_step():
-    """At most two a layer each way beside loss and optimizer: tests/inference/test_launches.py counts the same without a GPU."""
-    def kernels(layer) -> int:
-        sizes = (1, 20, 20, 20, 20, 1)
-        layers = [part for pair in zip(sizes, sizes[1:]) for part in (layer(*pair, device="cuda"), torch.nn.ReLU())]
-        elbo = bf.ELBO(torch.nn.Sequential(*layers[:-1]), bf.Gaussian(1.0).cuda(), 100)
-        x, y = torch.randn(8, 1, device="cuda"), torch.randn(8, 1, device="cuda")
-        elbo(x, y).backward()
-        for parameter in elbo.parameters():
-            parameter.grad = None
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            elbo(x, y).backward()
-            torch.cuda.synchronize()
-        return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
+    """tests/inference/test_launches.py counts the same without a GPU: of layers one by one at most two each way, of a chain three in all,
+    beside loss and optimizer.
+    """
+    beside = len(kernels_of_a_step(tutorial_network(torch.nn.Linear))) - 5 - 9 - 5  # addmm, mm and the biases' sums
+    one_by_one = tutorial_network()
+    for layer in one_by_one:
+        layer.register_forward_hook(lambda *_: None)  # no chain
+    assert len(kernels_of_a_step(one_by_one)) - beside <= 2 * 2 * 5
+    activations = 4 + 4
+    found = kernels_of_a_step(tutorial_network())
+    assert sum("chain" in name for name in found) == 4
+    assert len(found) - (beside - activations) <= 3 + 3
 
-    beside = kernels(torch.nn.Linear) - 5 - 9 - 5  # addmm, mm and the biases' sums
-    assert kernels(bf.VariationalLinear) - beside <= 2 * 2 * 5
+
+@pytest.mark.cuda
+def test_a_chain_is_that_of_the_cpu():
+    torch.manual_seed(0)
+    model, x = tutorial_network(), torch.linspace(-1, 1, 700).unsqueeze(1)
+    with bf.sampling(model, seed=3, n_samples=5):
+        on_gpu = bf.fuse(model)(x.cuda().repeat(5, 1))
+    on_cpu = bf.fuse(model.cpu())
+    with bf.sampling(on_cpu, seed=3, n_samples=5):
+        torch.testing.assert_close(on_gpu.cpu(), on_cpu(x.repeat(5, 1)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_chain_in_a_cuda_graph_draws_afresh(dtype):
+    model, x = bf.fuse(tutorial_network().to(dtype)), torch.randn(128, 1, device="cuda", dtype=dtype)
+
+    def step():
+        y = model(x)
+        (y.float().square().mean() + 1e-6 * bf.kl_divergence(model)).backward()
+        return y
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = step()
+    found = []
+    for _ in range(3):
+        graph.replay()
+        found.append(y.clone())
+    assert not torch.equal(found[0], found[1]) and not torch.equal(found[1], found[2])
+    assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
 @pytest.mark.cuda

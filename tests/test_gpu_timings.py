@@ -59,13 +59,13 @@ def test_targets_are_met_missed_or_not_measured():
     found = {"step": {"8192 x 8192, batch 1, float32": step(2.9),
                       "8192 x 8192, batch 16, float32": step(3.1),
                       "8192 x 8192, batch 1, float32, local": {"bnn_fast local": {"ratio": 2.1}}},
-             "network": {"CUDA graph": {"bnn_fast": {"ratio": 1.4}}},
+             "network": {"a, batch 3, eager": step(1.4), "a, batch 3, CUDA graph": step(0.6), "a, batch 3: predict, 9 draws": step(2.0)},
              "operators": {"a": {"kl_normal": {"fraction": 0.74}, "sample_normal": {"fraction": 0.9}}}}
     rows = floors.targets(found)
-    assert [row["met"] for row in rows] == [True, False, None, None, True, None, True, False]
+    assert [row["met"] for row in rows] == [True, False, None, None, True, None, False, True, False]
     assert rows[-1]["found"] == 0.74 and "1 of them below: kl_normal, a" in rows[-1]["name"]
     shown = [row[-1] for row in report.target_rows(rows)]
-    assert shown[1:] == ["met", "missed", "not measured", "not measured", "met", "not measured", "met", "missed"]
+    assert shown[1:] == ["met", "missed", "not measured", "not measured", "met", "not measured", "missed", "met", "missed"]
 
 
 class FakeGpu:
@@ -192,7 +192,8 @@ SWEEP = [Case(4, 6, 2, "float32")]
 def measured(monkeypatch):
     """Timings on the CPU, of tiny shapes, by a watch that always tells the same; they know their ceilings."""
     monkeypatch.setattr(timings, "captured", lambda run: run)
-    monkeypatch.setattr(timings, "POINTS", 10)
+    monkeypatch.setattr(timings, "NETWORKS", [((2, 3, 1), 4), ((2, 5, 3), 4)])
+    monkeypatch.setattr(timings, "PREDICTIONS", [((2, 3, 1), 4, 5)])
     monkeypatch.setattr(timings.Timings, "ceilings", lambda self: self.found["ceilings"].update(CEILINGS))
     record = {**new_record(), "instructions": {ELEMENTWISE[0].name: {"kl_normal": 15.0}}}
     saves = []
@@ -206,7 +207,7 @@ def test_timings_their_record_and_their_tables(measured, tmp_path):
     run.run(100.0, ELEMENTWISE, LAYERS, SWEEP)
     found = run.found
     assert not found["errors"] and not found["left_out"]
-    assert len(saves) == 1 + 1 + 1 + 2 * 3 + 1  # after every case
+    assert len(saves) == 1 + 1 + 2 + 2 * 3 + 1 + 1  # after every case
     record = json.loads(saves[-1])
     assert record["timings"] == found
 
@@ -225,7 +226,9 @@ def test_timings_their_record_and_their_tables(measured, tmp_path):
     for where, seconds in (("step", 2e-3), ("step on the GPU", 1e-3)):
         t = found[where]["4 x 6, batch 3, tf32"]["bnn_fast"]
         assert t["median"] == seconds and t["ratio"] == 2.0
-    assert found["network"]["CUDA graph"]["bnn_fast"]["ratio"] == 2.0
+    steps = [f"{sizes}, batch 4, {how}" for sizes in ("2-3-1", "2-5-3") for how in ("eager", "CUDA graph")]
+    assert list(found["network"]) == [*steps, "2-3-1, batch 4: predict, 5 draws"]
+    assert all(of["bnn_fast"]["ratio"] == 2.0 for of in found["network"].values())
 
     shown = report.show(record)
     assert re.search(r"kl_normal +1000.0 +900.0 to 2000.0 .* 10 .* bytes", shown)
@@ -237,7 +240,7 @@ def test_timings_their_record_and_their_tables(measured, tmp_path):
 @needs_extension
 def test_a_case_that_fails_and_one_that_is_late_leave_the_others(measured, monkeypatch):
     run, _ = measured
-    monkeypatch.setattr(run, "network", lambda: 1 / 0)
+    monkeypatch.setattr(run, "network", lambda *_: 1 / 0)
     broken = run.operators
 
     def operators(case):
@@ -247,14 +250,15 @@ def test_a_case_that_fails_and_one_that_is_late_leave_the_others(measured, monke
 
     monkeypatch.setattr(run, "operators", operators)
     run.run(100.0, ELEMENTWISE, LAYERS, sweep=[])
-    assert run.found["errors"] == {"network": "ZeroDivisionError: division by zero",
+    assert run.found["errors"] == {**{f"network, {sizes}, batch 4": "ZeroDivisionError: division by zero" for sizes in ("2-3-1", "2-5-3")},
                                    "operators, 4 x 6, batch 3, tf32": "RuntimeError: out of something"}
     assert len(run.found["operators"]) == 3 and len(run.found["step"]) == 3
     assert "out of something" in report.show(run.record)
 
     late = timings.Timings(new_record(), lambda r: None, device="cpu", watch=fake_watch)
     late.run(-1.0, ELEMENTWISE, [], sweep=[])
-    assert late.found["left_out"] == ["ceilings", "operators, 8 x 6, bfloat16", "network"]
+    assert late.found["left_out"] == [
+        "ceilings", "operators, 8 x 6, bfloat16", "network, 2-3-1, batch 4", "network, 2-5-3, batch 4", "predict, 2-3-1, batch 4"]
 
 
 def test_a_row_of_the_table_of_operators():

@@ -22,7 +22,7 @@ def show(record: dict) -> str:
             parts.append(table(f"{name}: forward, KL, backward of one layer",
                                harness.rows(found[name], "nn.Linear")))
     if found.get("network"):
-        parts.append(table("Tutorial network: training step with Adam",
+        parts.append(table("Networks: training step with Adam, and predictions",
                            harness.rows(found["network"], "nn.Linear")))
     if record.get("targets"):
         parts.append(table("Targets", target_rows(record["targets"])))

@@ -1,4 +1,4 @@
-"""python -m benchmarks.gpu.timings FILE: every operator, the step of a layer and a small network, into FILE.
+"""python -m benchmarks.gpu.timings FILE: every operator, the step of a layer and networks, into FILE.
 
 FILE is the record that benchmarks.gpu.check began; it is saved after every case.
 """
@@ -14,19 +14,18 @@ from functools import partial
 from typing import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 import bnn_fast as bf
-from bnn_fast.demos import bayes_by_backprop
 
-from .. import harness
+from .. import harness, networks
 from ..providers import available
 from ..step import step
 from . import floors, timer
 from .operators import ELEMENTWISE, LAYERS, SWEEP, TYPES, Case
 
-POINTS = 16000  # of the tutorial's training set
+NETWORKS = [(networks.NETWORK, 128), (networks.NETWORK, networks.POINTS), (networks.MIDDLE, 64)]
+PREDICTIONS = [(networks.NETWORK, networks.POINTS, 100), (networks.MIDDLE, 450, 100)]
 
 
 class Timings:
@@ -44,10 +43,11 @@ class Timings:
         end = time.monotonic() + seconds
         jobs = {"ceilings": self.ceilings}
         jobs |= {f"operators, {case.name}": partial(self.operators, case) for case in elementwise}
-        jobs["network"] = self.network
+        jobs |= {f"network, {networks.name_of(*case)}": partial(self.network, *case) for case in NETWORKS}
         for case in layers:
             jobs[f"step, {case.name}"] = partial(self.steps, case)
             jobs[f"operators, {case.name}"] = partial(self.operators, case)
+        jobs |= {f"predict, {networks.name_of(*case)}": partial(self.prediction, *case, draws) for *case, draws in PREDICTIONS}
         jobs |= {f"operators, {case.name}": partial(self.operators, case) for case in sweep}
         for name, job in jobs.items():
             if time.monotonic() > end:
@@ -103,18 +103,19 @@ class Timings:
             for where, ahead in (("step", False), ("step on the GPU", True)):
                 self.found[where][case.name] = harness.ratios(self.watch(runs, ahead=ahead), "nn.Linear")
 
-    def network(self) -> None:
-        """A training step of the tutorial's network: forward, MSE and KL, backward, Adam."""
-        x = torch.linspace(-3, 3, POINTS, device=self.device).unsqueeze(1)
-        y = bayes_by_backprop.curve(x)
-        model = bayes_by_backprop.network().to(self.device)
-        linear = bf.draw(model, seed=0)
-        runs = {
-            "nn.Linear": training(linear, lambda: F.mse_loss(linear(x), y)),
-            "bnn_fast": training(model, lambda: F.mse_loss(model(x), y) + bf.kl_divergence(model) / POINTS)}
-        self.found["network"]["eager"] = harness.ratios(self.watch(runs), "nn.Linear")
-        graphs = {name: captured(run) for name, run in runs.items()}
-        self.found["network"]["CUDA graph"] = harness.ratios(self.watch(graphs), "nn.Linear")
+    def network(self, sizes: networks.Sizes, batch: int) -> None:
+        """A training step with Adam, eager and as a CUDA graph."""
+        providers = available(["bnn_fast", "plain PyTorch"])[0]
+        runs = {name: networks.step(provider, sizes, batch, self.device) for name, provider in providers.items()}
+        for how, of in (("eager", lambda run: run), ("CUDA graph", captured)):
+            times = self.watch({name: of(run) for name, run in runs.items()})
+            self.found["network"][f"{networks.name_of(sizes, batch)}, {how}"] = harness.ratios(times, "nn.Linear")
+
+    def prediction(self, sizes: networks.Sizes, batch: int, draws: int) -> None:
+        providers = available(["bnn_fast"])[0]
+        runs = {name: networks.prediction(provider, sizes, batch, draws, self.device) for name, provider in providers.items()}
+        name = f"{networks.name_of(sizes, batch)}: predict, {draws} draws"
+        self.found["network"][name] = harness.ratios(self.watch(runs), "nn.Linear")
 
 
 def result(operator: str, case: Case, seconds: float, instructions: float | None, ceilings: dict) -> dict:
@@ -146,18 +147,6 @@ def breakdown(call: Callable[[], object], device: str, calls: int = 3) -> dict[s
         if event.device_type == kind:
             found[event.name] += event.time_range.elapsed_us() * 1e-6 / calls
     return dict(found)
-
-
-def training(model: nn.Module, loss: Callable) -> Callable[[], None]:
-    parameters = list(model.parameters())
-    optimiser = torch.optim.Adam(parameters, lr=1e-3, fused=True, capturable=parameters[0].is_cuda)
-
-    def run():
-        loss().backward()
-        optimiser.step()
-        optimiser.zero_grad()  # last, so that a graph frees the memory that it has taken
-
-    return run
 
 
 def captured(run: Callable[[], None]) -> Callable[[], None]:

@@ -1,4 +1,4 @@
-"""Linear layers and activations that follow each other, run as one operator (csrc/cpu/chain.h) where all is as usual, else one by
+"""Linear layers and activations that follow each other, run as one operator (csrc/chain.h) where all is as usual, else one by
 one: keys, noise, KL and results are the same.
 """
 from __future__ import annotations
@@ -38,14 +38,14 @@ in_chains.update({
 
 
 class Sequential(nn.Sequential):
-    """nn.Sequential whose linear layers, at most 128 wide (1024 without gradients), and the activations behind them run as one operator
-    each way, with the keys, noise, KL and results of the layers one by one.
+    """nn.Sequential whose linear layers, at most 128 wide (on the CPU 1024 without gradients), and the activations behind them run as one
+    operator each way, with the keys, noise, KL and results of the layers one by one.
 
     What makes a chain: two or more of VariationalLinear (estimator "weight", one scale and kl) and nn.Linear, one of them
-    variational, in float32 or float64 on the CPU, each followed by nothing or by one of ReLU, LeakyReLU, ELU, GELU, SiLU, Tanh, Sigmoid,
-    Softplus and Identity; those in a nested Sequential count. Anything else ends it: another module, hooks on one, global
-    ones too, parametrizations, wrappers (FSDP, activation checkpoints), shared parameters, autocast, torch.compile. Then layers run
-    one by one. `explain(model, x)` says what runs how, and why.
+    variational, all in float32, on the CPU or in float64, on CUDA or in bfloat16 or float16, each followed by nothing or by one of ReLU,
+    LeakyReLU, ELU, GELU, SiLU, Tanh, Sigmoid, Softplus and Identity; those in a nested Sequential count. Anything else ends it:
+    another module, hooks on one, global ones too, parametrizations, wrappers (FSDP, activation checkpoints), shared parameters,
+    autocast, torch.compile. Then layers run one by one. `explain(model, x)` says what runs how, and why.
 
     Arguments, names and state_dict are those of nn.Sequential; `fuse(model)` makes it of every nn.Sequential in a model. For the gradient
     intermediate results are computed again; drawn weights are kept, up to 2^20 of all draws, or else drawn again.
@@ -58,6 +58,8 @@ class Sequential(nn.Sequential):
 # Of each draw, that a chain wider than WIDEST_TRAINED is worth: where they are fewer, layers do not write their weights to memory. On
 # two cores with AVX-512, 100 draws of 784-400-400-10: 1.08 of the layers' time at 16 rows, 0.83 at 64, 0.66 at 1,000.
 FEWEST_ROWS = 32
+
+TYPES = {"cpu": (torch.float32, torch.float64), "cuda": (torch.float32, torch.bfloat16, torch.float16)}
 
 
 class Step(NamedTuple):
@@ -159,8 +161,11 @@ def _is_step(module: nn.Module) -> bool:
         fits = module.estimator == "weight" and "weight_mu" in module._parameters and "parametrizations" not in module._modules
     else:
         fits = drawn is False and isinstance(module._parameters.get("weight"), Tensor)
-    widest = WIDEST_TRAINED if torch.is_grad_enabled() else WIDEST
-    return fits and max(module.in_features, module.out_features) <= widest and is_plain(module)
+    if not fits or not is_plain(module):
+        return False
+    on_cpu = module._parameters["weight_mu" if drawn else "weight"].is_cpu
+    widest = WIDEST if on_cpu and not torch.is_grad_enabled() else WIDEST_TRAINED
+    return max(module.in_features, module.out_features) <= widest
 
 
 def _continues(chain: list[Step], seen: set[int], module: nn.Module) -> bool:
@@ -218,12 +223,15 @@ def why_not(chain: list[Step], x, draws: int = 1) -> str | None:
         return "bnn_fast.plain() asks for plain PyTorch"
     if torch._C._is_any_autocast_enabled():
         return "autocast is on"
-    if type(x) not in (Tensor, nn.Parameter) or x.layout != torch.strided or not x.is_cpu:
-        return "the operator runs on dense tensors on the CPU"
+    if type(x) not in (Tensor, nn.Parameter) or x.layout != torch.strided or x.device.type not in TYPES:
+        return "the operator runs on dense tensors on the CPU and on CUDA"
+    if not raw.compiled_for(x.device):
+        return "this build has no kernels for CUDA"
     first = chain[0].layer
     tensors = [t for step in chain for t in step.layer._parameters.values() if t is not None]
-    if x.dtype not in (torch.float32, torch.float64) or any(t.dtype != x.dtype or t.device != x.device for t in tensors):
-        return "the operator runs where x and all parameters are float32, or all float64"
+    types = TYPES[x.device.type]
+    if x.dtype not in types or any(t.dtype != x.dtype or t.device != x.device for t in tensors):
+        return f"the operator runs there where x and all parameters are of one dtype: {', '.join(str(t)[6:] for t in types)}"
     if x.dim() < 2 or x.shape[-1] != first.in_features:
         return f"it takes x [B, ..., {first.in_features}]"
     widest = max(max(step.layer.in_features, step.layer.out_features) for step in chain)

@@ -6,11 +6,14 @@
 namespace bnn_fast {
 namespace {
 
+bool runs_on(const Operator& op, const at::Tensor& x) {
+  return x.is_cpu() || (x.is_cuda() && op.forward.hasComputedKernelForDispatchKey(c10::DispatchKey::CUDA));
+}
+
 // Whether x would pass checks.linear_input, and the operator runs on its device.
 bool fits(const Operator& op, const at::Tensor& x, const at::Tensor& mu, int64_t samples) {
   if (x.layout() != at::kStrided || x.is_nested() || x.dim() < 1 || mu.dim() != 2 || x.size(-1) != mu.size(1)) return false;
-  if (x.scalar_type() != mu.scalar_type() || x.device() != mu.device()) return false;
-  if (!mu.is_cpu() && !(mu.is_cuda() && op.forward.hasComputedKernelForDispatchKey(c10::DispatchKey::CUDA))) return false;
+  if (x.scalar_type() != mu.scalar_type() || x.device() != mu.device() || !runs_on(op, x)) return false;
   return samples == 1 || (x.dim() >= 2 && x.size(0) % samples == 0);
 }
 
@@ -153,7 +156,7 @@ py::object Ordinary::chain(const py::list& modules, py::handle given, int64_t dr
   const Names& name = names();
   if (!THPVariable_CheckExact(given.ptr()) || !eager() || value_of(plain_).ptr() != Py_False) return py::none();
   const at::Tensor& x = THPVariable_Unpack(given.ptr());
-  if (x.dim() < 2 || x.layout() != at::kStrided || x.is_nested() || !x.is_cpu()) return py::none();
+  if (x.dim() < 2 || x.layout() != at::kStrided || x.is_nested() || !runs_on(chain_, x)) return py::none();
   std::vector<Layer> layers;
   std::vector<std::array<PyObject*, 2>> fixed;  // weight and bias of those that are not drawn
   std::vector<int64_t> kinds;                   // of each layer, and its activation
@@ -165,7 +168,7 @@ py::object Ordinary::chain(const py::list& modules, py::handle given, int64_t dr
       if (!is_tensor(tensors[i]) || std::find(seen.begin(), seen.end(), tensors[i]) != seen.end()) return false;
       seen.push_back(tensors[i]);
       const at::Tensor& t = THPVariable_Unpack(tensors[i]);
-      if (t.scalar_type() != x.scalar_type() || !t.is_cpu()) return false;
+      if (t.scalar_type() != x.scalar_type() || t.device() != x.device()) return false;
     }
     const at::Tensor& weight = THPVariable_Unpack(tensors[0]);
     if (weight.dim() != 2 || weight.size(1) != width || std::max(width, weight.size(0)) > most_.first) return false;
@@ -203,7 +206,8 @@ py::object Ordinary::chain(const py::list& modules, py::handle given, int64_t dr
   if (layers.empty() || kinds.size() < 4) return py::none();
   int64_t samples = layers[0].samples;
   if (draws == 1 ? x.size(0) % samples != 0 : draws != samples) return py::none();
-  if (x.scalar_type() != at::kFloat && x.scalar_type() != at::kDouble) return py::none();
+  bool sixteen = x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kHalf;
+  if (x.scalar_type() != at::kFloat && !(x.is_cpu() ? x.scalar_type() == at::kDouble : sixteen)) return py::none();
 
   c10::List<at::Tensor> parameters, keys;
   c10::List<double> numbers;

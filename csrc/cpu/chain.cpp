@@ -9,6 +9,11 @@ namespace {
 
 class Chain {
  public:
+  static void check(const ChainArguments&, ScalarType type) {
+    STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double, "parameters have dtype number ", static_cast<int>(type),
+                    ", expected float32 or float64");
+  }
+
   Chain(const ChainArguments& a, const Tensor& like) : a(a), like(like), wide(like.scalar_type() == ScalarType::Double) {
     for (const auto& layer : a.layers)
       if (layer.drawn) drawn += layer.inputs * layer.outputs + (layer.has_bias ? layer.outputs : 0);
@@ -60,13 +65,7 @@ class Chain {
     put_together(batch > 0 ? partial.mutable_data_ptr() : nullptr, tasks.per_sample, size, grad_kl, grads);
   }
 
-  // The gradients of the parameters from each task's part of dW, or of the KL alone if that is null.
-  void put_together(void* partial, int64_t per_sample, int64_t size, const KlGradient& grad_kl, Tensors& grads) const {
-    if (wide)
-      put_together_as(static_cast<double*>(partial), per_sample, size, grad_kl, grads);
-    else
-      put_together_as(static_cast<float*>(partial), per_sample, size, grad_kl, grads);
-  }
+  void put_together(const KlGradient& grad_kl, Tensors& grads) const { put_together(nullptr, 0, 0, grad_kl, grads); }
 
  private:
   const ChainArguments& a;
@@ -107,6 +106,14 @@ class Chain {
       if (divergence == kSampled) part *= static_cast<double>(samples) / static_cast<double>(a.samples);
       if (divergence != kNone) kl[&layer - a.layers.data()] += part;
     });
+  }
+
+  // The gradients of the parameters from each task's part of dW, or of the KL alone if that is null.
+  void put_together(void* partial, int64_t per_sample, int64_t size, const KlGradient& grad_kl, Tensors& grads) const {
+    if (wide)
+      put_together_as(static_cast<double*>(partial), per_sample, size, grad_kl, grads);
+    else
+      put_together_as(static_cast<float*>(partial), per_sample, size, grad_kl, grads);
   }
 
   std::vector<ChainLayer> layers_of(const Tensor& weights, int64_t samples) const {
@@ -157,35 +164,10 @@ class Chain {
   }
 };
 
-std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensors& parameters, const Tensors& keys, const Tensors& prior,
-                                           const Numbers& numbers, const Integers& options) {
-  ChainArguments a(parameters, keys, prior, numbers, options);
-  return Chain(a, parameters[0]).forward(x);
-}
-
-Tensors backward(const OptionalTensors& given, const OptionalTensor& x, const Tensors& parameters, const Tensors& keys,
-                 const Tensors& prior, const Numbers& numbers, const Integers& options, bool need_grad_x, const OptionalTensor& kept) {
-  ChainArguments a(parameters, keys, prior, numbers, options);
-  check_gradients(given, {"grad_y", "grad_kl"});
-  const OptionalTensor &grad_y = given[0], &grad_kl = given[1];
-  STD_TORCH_CHECK(x || !grad_y, "x is absent, expected it with grad_y");
-  const Tensor& like = parameters[0];
-  if (grad_kl) check_gradient(*grad_kl, "grad_kl", {}, like.scalar_type(), like);
-  KlGradient k = make_kl_gradient(grad_kl, false);
-  Tensors grads{empty_of(like, {0}, like.scalar_type())};
-  for (const Tensor& t : parameters) grads.push_back(empty_of(t, shape_of(t), t.scalar_type()));
-  Chain chain(a, like);
-  if (grad_y)
-    chain.backward(*x, *grad_y, k, kept, need_grad_x, grads);
-  else
-    chain.put_together(nullptr, 0, 0, k, grads);
-  return grads;
-}
-
 }  // namespace
 }  // namespace bnn_fast
 
 STABLE_TORCH_LIBRARY_IMPL(bnn_fast, CPU, m) {
-  m.impl("_variational_chain", TORCH_BOX(&bnn_fast::forward));
-  m.impl("_variational_chain_backward", TORCH_BOX(&bnn_fast::backward));
+  m.impl("_variational_chain", TORCH_BOX(&bnn_fast::variational_chain<bnn_fast::Chain>));
+  m.impl("_variational_chain_backward", TORCH_BOX(&bnn_fast::variational_chain_backward<bnn_fast::Chain>));
 }

@@ -17,10 +17,6 @@ namespace bnn_fast {
 // threads 0.6 of the time on one, and beside two busy processes 0.3 to 0.8 (medians).
 constexpr int64_t kGrainWeights = 8192;
 
-// Elements, drawn weights of a chain or the noise of rows that are looked up, that a forward keeps for its backward, and a chain has at a
-// time: 4 MiB of float32. KEPT in bnn_fast/operators/arguments.py.
-constexpr int64_t kKept = int64_t(1) << 20;
-
 // Whether fused layers take large batches, too: their products outrun torch's GEMM, and the threads are no more than the tasks that a middle-sized
 // layer has for them.
 inline bool fuses_large_batches() { return outruns_gemm() && torch::stable::get_num_threads() <= 8; }

@@ -7,6 +7,7 @@
 // shared memory again, and sums its part of dW and db in registers, to write it once. Second, a warp for each
 // quad of parameters adds the parts, with their noise, and puts the gradients together. With the sampled
 // divergence k dKL_s/dw_s / S is added to dW_s, and only -(log sigma)' is left in dKL/drho.
+#include "quad_gradient.cuh"
 #include "small_linear.cuh"
 
 namespace bnn_fast {
@@ -113,76 +114,22 @@ __global__ void __launch_bounds__(kSmallThreads, sizeof(F) == 4 ? 2 : 1)
   }
 }
 
-// One warp for each quad. lanes: those that share a sample's parts, a power of two. The parts are added
-// before sigma is computed, so that their loads do not wait for rho's.
+// One warp for each quad.
 template <class F>
 __global__ void __launch_bounds__(32, 8) small_gradient_kernel(LayerBackward problem, Plan plan, int lanes) {
   LayerQuad at(problem.weight, problem.bias, plan.quads, blockIdx.x);
   const Posterior& p = at.posterior;
-  Quad quad = at.quad();
-  QuadNoise noise(p);
-  F mu[4], rho[4];
-  load_quad<F>(p.mu, p.type, quad, F(0), mu);
-  load_quad<F>(p.rho, p.type, quad, F(-INFINITY), rho);
-  int divergence = problem.grad_kl.data ? problem.divergence : kNone;
-  F k = problem.grad_kl.data ? load_element<F>(problem.grad_kl.data, problem.grad_kl.type, 0) : F(0);
-
   int chunks = plan.tiling.chunks, quads = plan.quads.count;
-  F by_mu[4] = {}, by_sigma[4] = {}, eps[4];
-  for (int64_t s = threadIdx.x / lanes; s < problem.samples; s += 32 / lanes) {
-    const F* parts = static_cast<const F*>(problem.workspace) + (s * chunks * quads + blockIdx.x) * 4;
-    F gradient[4] = {};
-#pragma unroll 4
-    for (int chunk = threadIdx.x % lanes; chunk < chunks; chunk += lanes) {
-      Four<F> part = four_at(parts + chunk * quads * 4);
-      for (int n = 0; n < 4; ++n) gradient[n] += part.v[n];
-    }
-    noise.draw<F>(s, at.row, at.counter, eps);
-    for (int n = 0; n < 4; ++n) {
-      by_mu[n] += gradient[n];
-      by_sigma[n] += gradient[n] * eps[n];
-    }
-  }
-
-  Spread<F> spreads[4];
-  with_scale(p.scale, [&]<int scale>() {
-    for (int n = 0; n < 4; ++n) spreads[n] = spread<scale>(rho[n]);
-  });
-  PriorAt<F> prior[4];
-  with_prior<F>(p.prior, p.type, quad, [&](auto prior_of) {
-    for (int n = 0; n < 4; ++n) prior[n] = prior_of(n);
-  });
-  for (int64_t s = threadIdx.x; divergence == kSampled && s < problem.samples; s += 32) {
-    noise.normals<F>(s, at.row, at.counter, eps);
-    for (int n = 0; n < 4; ++n) {
-      F weight = fma_lane(spreads[n].sigma, eps[n], mu[n]);
-      F gradient = times(k / static_cast<F>(problem.samples), kl_by_location(weight, prior[n]));
-      by_mu[n] += gradient;
-      by_sigma[n] += gradient * eps[n];
-    }
-  }
-  for (int step = 16; step > 0; step /= 2)
-    for (int n = 0; n < 4; ++n) {
-      by_mu[n] += __shfl_xor_sync(kAllLanes, by_mu[n], step);
-      by_sigma[n] += __shfl_xor_sync(kAllLanes, by_sigma[n], step);
-    }
-  if (threadIdx.x > 0) return;
-
   F grad_mu[4], grad_rho[4];
-  for (int n = 0; n < 4; ++n) {
-    F kl_mu = 0, kl_rho = 0;
-    if (divergence == kAnalytic) {
-      kl_mu = times(k, kl_by_location(mu[n], prior[n]));
-      kl_rho = times(k, kl_by_rho(spreads[n], prior[n]));
-    } else if (divergence == kSampled) {
-      kl_rho = times(k, sampled_kl_by_rho(spreads[n]));
-    }
-    bool pruned = is_pruned(rho[n]);
-    grad_mu[n] = select(pruned, F(0), by_mu[n] + kl_mu);
-    grad_rho[n] = select(pruned, F(0), in_full(p.scale, spreads[n].sigma, by_sigma[n] * spreads[n].d_sigma + kl_rho));
-  }
-  store_quad<F>(at.of_bias ? problem.grad_bias_mu : problem.grad_mu, p.type, quad, grad_mu);
-  store_quad<F>(at.of_bias ? problem.grad_bias_rho : problem.grad_rho, p.type, quad, grad_rho);
+  auto add_parts = [&](int64_t s, int chunk, F (&gradient)[4]) {
+    Four<F> part = four_at(static_cast<const F*>(problem.workspace) + ((s * chunks + chunk) * quads + blockIdx.x) * 4);
+    for (int n = 0; n < 4; ++n) gradient[n] += part.v[n];
+  };
+  warp_gradient<F>(p, problem.divergence, problem.grad_kl, at.row, at.counter, problem.samples, chunks, lanes, add_parts, grad_mu,
+                   grad_rho);
+  if (threadIdx.x > 0) return;
+  store_quad<F>(at.of_bias ? problem.grad_bias_mu : problem.grad_mu, p.type, at.quad(), grad_mu);
+  store_quad<F>(at.of_bias ? problem.grad_bias_rho : problem.grad_rho, p.type, at.quad(), grad_rho);
 }
 
 template <class F> cudaError_t launch(const LayerBackward& problem, cudaStream_t stream) {

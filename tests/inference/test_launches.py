@@ -17,6 +17,7 @@ from benchmarks.launches import Log
 SIZES = (1, 20, 20, 20, 20, 1)
 LAYERS = len(SIZES) - 1
 OF_A_SMALL_LAYER = {"forward": 1, "backward": 2}    # README, On CUDA
+OF_A_CHAIN = {"forward": 2, "backward": 2}    # tests/ptx/test_chain.py
 
 
 def step(layer) -> tuple[Counter, Counter]:
@@ -54,6 +55,25 @@ def test_at_most_two_a_layer_each_way():
     assert LAYERS * OF_A_SMALL_LAYER["forward"] + beside <= 2 * LAYERS
     assert backward - plain_backward == Counter(mul=1)  # the KL's weight, of the loss
     assert LAYERS * OF_A_SMALL_LAYER["backward"] <= 2 * LAYERS
+
+
+@needs_nodes
+def test_at_most_three_each_way_of_a_network_that_is_one_chain():
+    """Of keys, KL and layers together; no dispatch mode may see them, so that here torch's profiler counts the operators."""
+    layers = [part for pair in zip(SIZES, SIZES[1:]) for part in (bf.VariationalLinear(*pair), nn.ReLU())]
+    elbo = bf.ELBO(nn.Sequential(*layers[:-1]), bf.Gaussian(1.0), 100)
+    x, y = torch.randn(8, 1), torch.randn(8, 1)
+
+    def own(run) -> Counter:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            run()
+        return Counter(event.name.split("::_")[1] for event in profile.events() if event.name.startswith("bnn_fast::"))
+
+    losses = []
+    assert own(lambda: losses.append(elbo(x, y))) == Counter(variational_chain=1)
+    assert own(losses[0].backward) == Counter(variational_chain_backward=1)
+    keys, weight_of_the_kl = 1, 1
+    assert OF_A_CHAIN["forward"] + keys <= 3 and OF_A_CHAIN["backward"] + weight_of_the_kl <= 3
 
 
 def test_pinned_draws_take_one_for_all_keys():

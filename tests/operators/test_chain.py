@@ -6,18 +6,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import chains
 import pytest
 import torch
+from chains import NUMBERS, in_dtype, links_of, plain
 from common import needs_extension, needs_nodes
-from judging import judge
 from kernels import KLS, OPS, one_thread, random  # noqa: F401
 
-from bnn_fast import Normal, checks, functional
+from bnn_fast import checks, functional
 from bnn_fast.operators import arguments as packing
-from bnn_fast.operators import autograd, raw, reference
+from bnn_fast.operators import autograd, raw
 
 pytestmark = needs_extension
-NUMBERS = {"leaky_relu": (0.2,), "elu": (0.7,), "softplus": (1.5, 2.0)}
 # sizes, rows, samples, shared, which layers are not drawn, which have no bias: widths that fill tiles and that do not, strips of 4, 2
 # and 1 vectors, ragged ones, several tasks
 SHAPES = {
@@ -31,61 +31,13 @@ SHAPES = {
 }
 
 
-def links_of(sizes, fixed=(), without_bias=(), activation="relu", dtype=torch.float32, tensors=False, last=False) -> list[packing.Link]:
-    links = []
-    for i, (inputs, outputs) in enumerate(zip(sizes, sizes[1:])):
-        shapes = [(outputs, inputs)] + [(outputs,)] * (i not in without_bias)
-        behind = activation if i + 2 < len(sizes) or last else "identity"
-        numbers = (*map(float, NUMBERS.get(behind, ())), 0.0, 0.0)[:2]
-        code = checks.ACTIVATIONS[behind], *numbers
-        sd = inputs ** -0.5
-        own = [random(*shape, dtype=dtype, seed=7 * i + k, sd=sd) for k, shape in enumerate(shapes)]
-        if i in fixed:
-            links.append(packing.Link(own, None, None, code))
-            continue
-        pairs = [t for k, mu in enumerate(own) for t in (mu, random(*mu.shape, dtype=dtype, seed=50 + 7 * i + k, mean=-2.0))]
-        priors = [Normal(random(*mu.shape, dtype=dtype) if tensors else 0.1, 1.5) for mu in own]
-        key = torch.tensor([1234567 + i, 5])
-        links.append(packing.Link(pairs, key, packing.pack_priors(*priors), code))
-    return links
-
-
-def in_dtype(links, dtype):
-    """Detached, in another type, with gradients wanted."""
-    to = lambda t: t.detach().to(dtype).requires_grad_()  # noqa: E731
-    return [link._replace(tensors=[to(t) for t in link.tensors], prior=link.prior and link.prior._replace(
-        tensors=[t.to(dtype) for t in link.prior.tensors])) for link in links]
-
-
 def compiled(x, links, kl, samples, shared, scale="softplus"):
     return autograd.CHAIN.apply(x, *packing.to_chain(links, scale, kl, samples, shared))
 
 
-def plain(x, links, kl, samples, shared, scale="softplus"):
-    y, value = reference.variational_chain(x, links, scale=scale, kl=kl, n_samples=samples, shared=shared)
-    return y, torch.zeros((), dtype=x.dtype) if value is None else value
-
-
-def all_of(run, x, links, dtype, *options, grads=None):
-    """[y, KL, gradients of x and of all tensors]"""
-    x, links = x.detach().to(dtype).requires_grad_(), in_dtype(links, dtype)
-    y, kl = run(x, links, *options)
-    grad_y = random(*y.shape, seed=3).to(dtype)
-    inputs = [x, *(t for link in links for t in link.tensors)]
-    found = torch.autograd.grad((y * grad_y).sum() + 0.3 * kl, inputs, allow_unused=True)
-    return [y, kl, *(torch.zeros_like(t) if g is None else g for t, g in zip(inputs, found))]
-
-
 def compare(shape, activation="relu", kl="analytic", dtype=torch.float32, **options):
-    sizes, rows, samples, shared, fixed, without = SHAPES[shape]
-    links = links_of(sizes, fixed, without, activation, dtype, **options)
-    x = random(rows if shared else samples * rows, sizes[0], dtype=dtype, seed=9)
-    given = x, links
-    got, own, truth = (all_of(run, *given, of, kl, samples, shared) for run, of in (
-        (compiled, dtype), (plain, dtype), (plain, torch.float64)))
-    names = ["y", "kl", "grad x", *(f"grad {i}" for i in range(len(got) - 3))]
-    for name, *three in zip(names, got, own, truth):
-        judge(f"{shape} {activation} {name} {str(dtype)[6:]}", *three, truth[names.index(name)].abs().max() + 1)
+    results = lambda x, links, *of: chains.all_of(compiled, x, links, dtype, *of)  # noqa: E731
+    chains.compare(results, SHAPES[shape], activation, kl, dtype, **options)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

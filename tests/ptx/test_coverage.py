@@ -19,8 +19,8 @@ UNREACHABLE = [
     (r"<\(.*Type\)3, ", INNER + r"(Type::kBFloat16|<< 16)", "with x in float16 no parameter is bfloat16"),
     (r", 64>", r"members > 1|s < samples|at\.member < problem\.samples|s < problem\.samples", "batches over 16 have one sample"),
     ("", r"grad_kl\.(data|type)|load_element<\w+>\(data, type, 0\)", "the KL's gradient has the type that is computed in"),
-    (r"forward_kernel|rows_backward|finish|parts|small|factors|backward_kernel<[(12]", r"if \(!p\.key\)", "layers and look-ups have a key"),
-    (r"finish|sample_backward|rows_backward|small_gradient", r"^quad\.cuh:\d+ if \(type == Type::kBFloat16\)(?!.* <- )", "so it has"),
+    (r"forward_kernel|rows_backward|finish|parts|small|chain|factors|backward_kernel<[(12]", r"if \(!p\.key\)", "layers and look-ups have a key"),
+    (r"finish|sample_backward|rows_backward|(small|chain)_gradient", r"^quad\.cuh:\d+ if \(type == Type::kBFloat16\)(?!.* <- )", "so it has"),
     (r"<\(.*Type\)[23], ", INNER + r" : outside;$", "conversions from the other type of 16 bits"),
     (r"backward_kernel<.*(0, 4|, 64)>|kernel<[12], ", r"i \+= kThreads\) \{ <- .*kVector", "a stage has at most one vector a thread"),
     (r"kernel<[12], [14]>", r"i \+= kThreads\) \{ <- .*int, 1>", "nor more than one element"),
@@ -31,6 +31,10 @@ UNREACHABLE = [
     ("finish", r"/ problem\.batch|problem\.samples \* problem\.batch|% quads", "division of numbers above 2^32"),
     ("outputs_kernel|signs_kernel", r"ActivationQuad|quads, counter|% problem\.outputs", "the same"),
     ("outputs_kernel<double>", r"part < problem\.parts", "the fused kernels, whose sums have parts, take no float64"),
+    ("chain", r"^quad\.cuh:\d+ for \(unsigned warp", "the compiler takes the few warps of a block at once"),
+    ("chain_gradient", r"quad\.inside\(k\)", "a quad of a tensor whose columns are counted from 0 has a first element"),
+    (r"chain_parts_kernel<\(.*Type\)0>", r"<- .*g\.fill", "sums of float32 take no padding"),
+    (r"chain.*<\(.*Type\)0>", r"^chain\.cuh:\d+ for .*\(end - features\)", "in float32 that is one feature of at most 128 rows"),
     ("sample", r"if \(problem\.weight\)", "a pass that draws has somewhere to draw to"),
 ]
 
