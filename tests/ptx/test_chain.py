@@ -175,12 +175,16 @@ def test_pruned_weights_have_no_gradient(cuda_ops):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_overflow_beyond_the_batch_is_no_nan(dtype, cuda_ops):
-    """Rows behind the batch's end, which a tile has, do not reach the sums: 0 times an infinite activation would be NaN."""
+    """Rows behind the batch's end, which a tile has, do not reach the sums: 0 times an infinite activation would be NaN. Those here are
+    first that of the bias, then infinite; the batch's are 0.
+    """
+    def link(outputs, inputs, weight, *bias):
+        return packing.Link([torch.full((outputs, inputs), weight, dtype=dtype), *(torch.full((outputs,), b, dtype=dtype) for b in bias)],
+                            None, None, (1, 0.0, 0.0))
+
     large = torch.finfo(dtype).max / 2
-    link = packing.Link([torch.full((4, 3), large, dtype=dtype), torch.full((4,), large, dtype=dtype)], None, None, (1, 0.0, 0.0))
-    last = packing.Link([torch.full((2, 4), 4.0, dtype=dtype), torch.full((2,), large, dtype=dtype)], None, None, (7, 0.0, 0.0))
-    x = torch.full((3, 3), -2.0, dtype=dtype)
-    for t in run(cuda_ops, x, [link, last], None, 1, False):
+    links = [link(4, 3, large, large), link(4, 4, 4.0), link(2, 4, 1.0, 1.0)]
+    for t in run(cuda_ops, torch.full((3, 3), -2.0, dtype=dtype), links, None, 1, False):
         assert t.isfinite().all()
 
 
