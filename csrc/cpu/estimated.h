@@ -5,10 +5,7 @@
 // [samples, examples, everything else], and their noise as such too, from the row on that the key's third number says.
 #pragma once
 
-#include <algorithm>
-
 #include "../estimated.h"
-#include "launch.h"
 #include "signs.h"
 
 namespace bnn_fast {
@@ -85,7 +82,7 @@ class Estimated {
       return z;
     }
     const T* from = data<T>(input_);
-    for_each(rows_ * p_.columns, 1 << 15, [&](int64_t begin, int64_t end) {
+    for_each(rows_ * p_.columns, kGrain, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) data<T>(z)[i] = from[i] * from[i];
     });
     return z;
@@ -148,7 +145,9 @@ class Estimated {
     } else {
       signs_.copy<T>(data<T>(second), data<T>(second), p_.rows * per_example(), kOutputSigns);
       T *sum = data<T>(first), *part = data<T>(second);
-      for (int64_t i = 0; i < rows_ * p_.rows; ++i) sum[i] += part[i];
+      for_each(rows_ * p_.rows, kGrain, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) sum[i] += part[i];
+      });
       torch::stable::copy_(y, reshaped(first, a_.output_shape(x_)));
     }
     return {y, scalar_tensor(kl_, a_.weight.mu), kept};
@@ -159,11 +158,14 @@ class Estimated {
     Tensor drawn = empty({local() ? 1 : a_.samples, p_.rows});
     sample(a_.bias->view, drawn, local() ? kLocal : kWeight);
     Tensor mean = in_type(a_.bias->mu);
-    for (int64_t row = 0; row < rows_; ++row)
-      for (int64_t o = 0; o < p_.rows; ++o) {
-        if (local()) second[row * p_.rows + o] += data<T>(drawn)[o];
-        first[row * p_.rows + o] += local() ? data<T>(mean)[o] : data<T>(drawn)[row / batch_ * p_.rows + o];
-      }
+    const T *of_draw = data<T>(drawn), *of_mean = data<T>(mean);
+    for_rows(rows_, p_.rows, [&](int64_t row) {
+      T *to = first + row * p_.rows, *other = second + row * p_.rows;
+      if (local())
+        for (int64_t o = 0; o < p_.rows; ++o) to[o] += of_mean[o], other[o] += of_draw[o];
+      else
+        for (int64_t o = 0; o < p_.rows; ++o) to[o] += of_draw[row / batch_ * p_.rows + o];
+    });
   }
 
   template <class T>
@@ -176,9 +178,12 @@ class Estimated {
       const T *all = data<T>(g), *factor = data<T>(*kept);
       if (parts > 1) g = empty({rows_, p_.rows});
       T *sum = data<T>(g), *other = data<T>(h);
-      for (int64_t i = 0; i < count; ++i) other[i] = all[i] * factor[i];
-      if (parts > 1) std::copy(all, all + count, sum);
-      for (int64_t i = count; i < parts * count; ++i) sum[i % count] += all[i], other[i % count] += all[i] * factor[i];
+      for_each(count, kGrain, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) other[i] = all[i] * factor[i];
+        if (parts > 1) std::copy(all + begin, all + end, sum + begin);
+        for (int64_t part = 1; part < parts; ++part)
+          for (int64_t i = begin, j = part * count + begin; i < end; ++i, ++j) sum[i] += all[j], other[i] += all[j] * factor[j];
+      });
     } else {
       signs_.copy<T>(data<T>(g), data<T>(h), p_.rows * per_example(), kOutputSigns);
     }
@@ -210,7 +215,7 @@ class Estimated {
   template <class T> Tensor summed(const Tensor& parts, int64_t lanes) const {
     Tensor sum = empty({rows_, p_.columns});
     int64_t size = parts.size(1);
-    for_each((p_.columns + lanes - 1) / lanes, 1 + (1 << 15) / (rows_ * lanes * parts.size(0) + 1), [&](int64_t begin, int64_t end) {
+    for_each((p_.columns + lanes - 1) / lanes, 1 + kGrain / (rows_ * lanes * parts.size(0) + 1), [&](int64_t begin, int64_t end) {
       for (int64_t v = begin; v < end; ++v)
         for (int64_t b = 0; b < rows_; ++b) {
           T* to = data<T>(sum) + b * p_.columns + v * lanes;
@@ -252,7 +257,7 @@ class Estimated {
     if (!need_x) return by_q;
     Tensor grad_x = product(g, in_type(a_.weight.mu));
     T *to = data<T>(grad_x), *scale = data<T>(factor), *more = data<T>(by_q);
-    for_each(rows_ * p_.columns, 1 << 15, [&](int64_t begin, int64_t end) {
+    for_each(rows_ * p_.columns, kGrain, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) to[i] += scale[i] * more[i];
     });
     return grad_x;
@@ -260,17 +265,7 @@ class Estimated {
 
   template <class T> void bias_backward(const T* g, const T* h, const KlGradient& grad_kl, LinearGradients& grads) {
     int64_t parts = local() ? 1 : a_.samples;
-    auto sums = [&](const T* from) {
-      std::vector<T> all(parts * p_.rows);
-      std::vector<double> sum(p_.rows);
-      for (int64_t s = 0; s < parts; ++s) {
-        std::fill(sum.begin(), sum.end(), 0.0);
-        for (int64_t b = 0; b < rows_ / parts; ++b, from += p_.rows)
-          for (int64_t o = 0; o < p_.rows; ++o) sum[o] += from[o];
-        for (int64_t o = 0; o < p_.rows; ++o) all[s * p_.rows + o] = static_cast<T>(sum[o]);
-      }
-      return all;
-    };
+    auto sums = [&](const T* from) { return sums_over_rows(from, parts, rows_ / parts, p_.rows); };
     std::vector<T> of_mean = sums(g), second = local() ? sums(h) : std::vector<T>();
     run_spans(cpu_kernels().sample_backward,
               SampleBackward{a_.bias->view, static_cast<int>(a_.divergence), a_.samples, of_mean.data(), type(), grad_kl,

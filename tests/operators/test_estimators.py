@@ -231,6 +231,23 @@ def test_bitwise_for_any_number_of_threads(estimator, rows):
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
+@needs_extension
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_sums_over_many_rows(estimator):
+    """Of narrow layers: in blocks of rows, on several threads, with the same bits."""
+    parameters, x = layer(37, 3), torch.randn(3 * 2500, 3)
+    threads = torch.get_num_threads()
+    try:
+        found = []
+        for number in (1, 3):
+            torch.set_num_threads(number)
+            found.append(run(functional, x, parameters, estimator=estimator, n_samples=3, kl="analytic"))
+    finally:
+        torch.set_num_threads(threads)
+    assert_close(found[0], run(reference, x, parameters, estimator=estimator, n_samples=3, kl="analytic"), 2e-5)
+    assert torch.equal(found[0][5], found[1][5])  # the bias's mean, whose gradient no GEMM has part in
+
+
 def test_signs_are_bits():
     signs = random_signs(key_of(3), 2, 50, 300, stream=3)
     assert signs.shape == (2, 50, 300) and set(signs.unique().tolist()) == {-1.0, 1.0}
