@@ -107,6 +107,20 @@ def test_a_cuda_graph_draws_afresh_at_every_replay():
     assert not torch.equal(first, y)
 
 
+def captured(step):
+    """(graph, what step gives in it), after a few calls that may allocate."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = step()
+    return graph, result
+
+
 IN_EVERY_REGIME = [pytest.param(*sizes, "weight", id=name) for name, sizes in (
     ("small", (32, 100)), ("fused", (256, 8)), ("drawn", (256, 100)))] + [
     pytest.param(256, batch, estimator, id=f"{estimator}, batch {batch}") for estimator in ("local", "flipout") for batch in (8, 100)]
@@ -128,15 +142,7 @@ def test_a_training_step_in_a_cuda_graph_draws_afresh_and_learns(features, batch
         optimizer.step()
         return loss
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        loss = step()
+    graph, loss = captured(step)
     for _ in range(100):
         graph.replay()
         losses.append(loss.item())
@@ -211,15 +217,7 @@ def test_a_chain_in_a_cuda_graph_draws_afresh(dtype):
         (y.float().square().mean() + 1e-6 * bf.kl_divergence(model)).backward()
         return y
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y = step()
+    graph, y = captured(step)
     found = []
     for _ in range(3):
         graph.replay()
