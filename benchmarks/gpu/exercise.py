@@ -11,11 +11,15 @@ from typing import Iterator
 
 import torch
 
+from bnn_fast.layers.chain import TYPES as TYPES_OF_CHAINS
+
 from . import operators
 
 # inputs, outputs, batch, awkward on purpose: small layers; fused, with few rows and with more (45 only in
 # 16-bit types); drawn
 SHAPES = [(20, 19, 65), (1, 20, 130), (257, 130, 3), (257, 130, 13), (257, 130, 45), (257, 130, 601)]
+# A tile of 128 rows, of 64 and of 32, each the widest and the last not full.
+CHAINS = [((1, 20, 32, 1), 17000), ((13, 64, 3), 8500), ((7, 128, 10), 70)]
 # parameters, x
 TYPES = [(torch.float32, torch.float32), (torch.float64, torch.float64), (torch.bfloat16, torch.bfloat16),
          (torch.float16, torch.float16), (torch.float32, torch.bfloat16)]
@@ -30,6 +34,10 @@ def cases(device: str) -> Iterator[tuple[str, operators.Calls]]:
         if dtype == x_dtype:
             yield f"elementwise, {name}", operators.elementwise(33, 127, reduce=draws == 1, **options)
             yield f"look-up, {name}", operators.look_up(50, 127, 33, **options)
+        if dtype == x_dtype and dtype in TYPES_OF_CHAINS[torch.device(device).type]:
+            for sizes, batch in CHAINS:
+                of_chain = {key: value for key, value in options.items() if key != "offsets"}
+                yield f"chain {sizes}, batch {batch}, {name}", operators.chain(sizes, batch, **of_chain)
         if dtype == operators.sum_type(dtype):
             yield f"sum, {name}", {"sum_values": partial(operators.OPS._sum_values, [torch.ones((), dtype=dtype, device=device)] * 70)}
         for shape in SHAPES:

@@ -7,7 +7,7 @@ from typing import Callable, Iterator, NamedTuple
 import torch
 from torch import Tensor
 
-from bnn_fast import Normal
+from bnn_fast import Normal, checks
 from bnn_fast.operators import arguments as packing
 
 OPS = torch.ops.bnn_fast
@@ -99,6 +99,23 @@ def estimated(inputs: int, outputs: int, batch: int, *, estimator: str, dtype: t
     return {
         "estimated_linear": lambda: ops._estimated_linear(x, *to_draw),
         "estimated_linear_backward": lambda: backward([grad_y, grad_kl], x, *to_draw, True, kept)}
+
+
+def chain(sizes: tuple[int, ...], batch: int, *, dtype: torch.dtype, device: str, kl: str = "analytic", samples: int = 1,
+          prior_tensors: bool = False) -> Calls:
+    """Layers of these sizes with ReLU between them, on x [samples * batch, sizes[0]]."""
+    factory, links = {"dtype": dtype, "device": device}, []
+    for inputs, outputs in zip(sizes, sizes[1:]):
+        shapes = (outputs, inputs), (outputs,)
+        priors = packing.pack_priors(*(prior(*shape, tensors=prior_tensors, **factory) for shape in shapes))
+        pairs = [t for shape in shapes for t in posterior(*shape, **factory)]
+        links.append(packing.Link(pairs, key(device), priors, (checks.ACTIVATIONS["relu"], 0.0, 0.0)))
+    arguments = packing.to_chain(links, "softplus", kl, samples, False)
+    x, grad_y = (torch.randn(samples * batch, columns, **factory) for columns in (sizes[0], sizes[-1]))
+    grad_kl = torch.ones((), dtype=sum_type(dtype), device=device)
+    return {
+        "variational_chain": lambda: OPS._variational_chain(x, *arguments)[:2],
+        "variational_chain_backward": lambda: OPS._variational_chain_backward([grad_y, grad_kl], x, *arguments, True, None)}
 
 
 def noisy(inputs: int, outputs: int, batch: int, *, dtype: torch.dtype, device: str, x_dtype: torch.dtype | None = None,
