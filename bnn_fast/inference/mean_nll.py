@@ -67,7 +67,7 @@ def _gaussian(likelihood: Gaussian, outputs: Tensor, targets: Tensor) -> Tensor 
     (square, offset), of_row = fixed, targets.shape[1:].numel()
     if not 0.25 < square < 1e30:  # the bare square of an error overflows before its NLL, or that is no number
         return None
-    mean = F.mse_loss(outputs, targets.expand_as(outputs))
+    mean = torch._C._nn.mse_loss(outputs, targets.expand_as(outputs), _MEAN)  # F's looks at the shapes once more
     return torch.add(offset if of_row == 1 else offset * of_row, mean, alpha=square * of_row)
 
 
@@ -93,5 +93,6 @@ def _categorical(likelihood: Categorical, outputs: Tensor, targets: Tensor) -> T
     return mean if of_row == 1 else mean * of_row
 
 
+_MEAN = F._Reduction.get_enum("mean")
 _NO_LABEL = 1 - 2 ** 61  # torch's losses leave out one label and refuse all others that are no class: one that nothing is cast to
 _LOSSES = {Gaussian: _gaussian, Bernoulli: _bernoulli, Categorical: _categorical}

@@ -148,7 +148,7 @@ def _unstacked(leaf, n_samples: int, rows: int, y, x) -> Tensor:
         where = f"x {list(x.shape)}" if isinstance(x, Tensor) else f"{rows} rows of {checks.describe(x)}"
         raise ValueError(f"model: expected an output with {n_samples} * {rows} rows in dimension 0, given {checks.describe(leaf)}{within} "
                          f"for {where}")
-    return leaf.reshape(n_samples, rows, *leaf.shape[1:])
+    return leaf.unsqueeze(0) if n_samples == 1 else leaf.reshape(n_samples, rows, *leaf.shape[1:])
 
 
 def stack(outputs: list):

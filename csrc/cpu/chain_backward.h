@@ -158,13 +158,7 @@ template <class F> inline void chain_backward(const ChainBackward& problem, int6
     }
     S* partial = static_cast<S*>(problem.partial) + t * parameters;
     int64_t i = 0;
-    if constexpr (Lane<F>::width > 1)
-      for (; i + 4 <= parameters; i += 4) {
-        F four[4] = {sums[i], sums[i + 1], sums[i + 2], sums[i + 3]};
-        S totals[4];
-        sum_lanes4<F>(four, totals);
-        for (int k = 0; k < 4; ++k) partial[i + k] = totals[k];
-      }
+    for (; i + 4 <= parameters; i += 4) sum_lanes_of<F, 4>(sums.get() + i, partial + i);
     for (; i < parameters; ++i) partial[i] = sum_lanes(sums[i]);
   }
 }

@@ -47,9 +47,18 @@ unsigned family() {
 
 }  // namespace
 
+bool matches_gemm() {
+#if defined(__x86_64__)
+  static const bool found = &cpu_kernels() == &kernels_avx512 && __builtin_cpu_is("amd");
+  return found;
+#else
+  return false;
+#endif
+}
+
 bool outruns_gemm() {
 #if defined(__x86_64__)
-  static const bool found = &cpu_kernels() == &kernels_avx512 && __builtin_cpu_is("amd") && family() >= 0x1a;
+  static const bool found = matches_gemm() && family() >= 0x1a;
   return found;
 #else
   return false;

@@ -63,11 +63,10 @@ inline void estimated_rows(const EstimatedForward& problem, int64_t row, PriorSp
     }
   }
   S *first_sum = static_cast<S*>(problem.first_sum), *second_sum = static_cast<S*>(problem.second_sum);
-  for (int64_t b = 0; b < all; ++b)
-    for (int r = 0; r < R; ++r) {
-      first_sum[b * p.rows + row + r] = sum_lanes(first[b * R + r]);
-      second_sum[b * p.rows + row + r] = sum_lanes(other[b * R + r]);
-    }
+  for (int64_t b = 0; b < all; ++b) {
+    sum_lanes_of<F, R>(first + b * R, first_sum + b * p.rows + row);
+    sum_lanes_of<F, R>(other + b * R, second_sum + b * p.rows + row);
+  }
 }
 
 template <class F> inline void estimated_forward(const EstimatedForward& problem, int64_t task_begin, int64_t task_end) {

@@ -67,10 +67,8 @@ template <class F, int R> void factorised_forward_rows(const LinearForward& prob
   }
   for (int64_t b = 0; b < problem.batch; ++b) {
     S y[R];
-    for (int r = 0; r < R; ++r) {
-      y[r] = sum_lanes(sums[b * R + r]);
-      if (problem.bias) y[r] += static_cast<const S*>(problem.bias)[row + r];
-    }
+    sum_lanes_of<F, R>(sums + b * R, y);
+    for (int r = 0; r < R && problem.bias; ++r) y[r] += static_cast<const S*>(problem.bias)[row + r];
     convert_to(y, R, problem.y, problem.y_type, b * p.rows + row);
   }
 }

@@ -44,4 +44,7 @@ const CpuKernels& cpu_kernels();
 // 512 have twice their rate: measured on one, a thread's GEMM 110 GFLOP/s, products here 130 to 230.
 bool outruns_gemm();
 
+// Whether they have at least its rate: on AMD's processors with vectors of 512 bits.
+bool matches_gemm();
+
 }  // namespace bnn_fast

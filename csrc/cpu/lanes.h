@@ -208,16 +208,27 @@ BNN_FN float sum_lanes(f32x16 x) {
 }
 #endif
 
-// sums[r] = the sum of e[r]'s lanes. Overwrites e.
-template <class F> BNN_FN void sum_lanes4(F (&e)[4], typename Lane<F>::Scalar (&sums)[4]) {
-  constexpr int W = Lane<F>::width;
-  transpose4<F>(e);  // inside each block of four lanes
-  typename Lane<F>::Scalar blocks[W];
-  store<F>(blocks, (e[0] + e[1]) + (e[2] + e[3]));
-  for (int r = 0; r < 4; ++r) {
-    sums[r] = blocks[r];
-    for (int i = r + 4; i < W; i += 4) sums[r] += blocks[i];
-  }
+#if BNN_FAST_VECTOR_BITS >= 256
+// to[r] = the sum of lanes r, r + 4, ...
+BNN_FN void sum_blocks(f32x8 x, float* to) {
+  _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1)));
+}
+BNN_FN void sum_blocks(f32x16 x, float* to) {
+  Halves<f32x8, f32x16> h = bit_cast<Halves<f32x8, f32x16>>(x);
+  sum_blocks(h.low + h.high, to);
+}
+#endif
+
+// sums[r] = the sum of e[r]'s lanes, of R vectors.
+template <class F, int R> BNN_FN void sum_lanes_of(const F* e, typename Lane<F>::Scalar* sums) {
+  int r = 0;
+  if constexpr (Lane<F>::width > 1)
+    for (; r + 4 <= R; r += 4) {
+      F four[4] = {e[r], e[r + 1], e[r + 2], e[r + 3]};
+      transpose4<F>(four);  // inside each block of four lanes
+      sum_blocks((four[0] + four[1]) + (four[2] + four[3]), sums + r);
+    }
+  for (; r < R; ++r) sums[r] = sum_lanes(e[r]);
 }
 
 // A sum in a fixed order: scalars in double, vectors compensated lane by lane (Kahan, "Further remarks on reducing

@@ -21,6 +21,9 @@ constexpr int64_t kGrainWeights = 8192;
 // layer has for them.
 inline bool fuses_large_batches() { return outruns_gemm() && torch::stable::get_num_threads() <= 8; }
 
+// The same for batches somewhat above those that all processors have fused; a layer of 256 inputs has four tasks in the backward.
+inline bool fuses_middle_batches() { return matches_gemm() && torch::stable::get_num_threads() <= 4; }
+
 template <class Problem>
 void run(void (*kernel)(const Problem&, int64_t, int64_t), const Problem& problem, int64_t tasks, int64_t weights_per_task) {
   int64_t grain = weights_per_task > 0 ? (kGrainWeights + weights_per_task - 1) / weights_per_task : tasks;

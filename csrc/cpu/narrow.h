@@ -86,10 +86,7 @@ BNN_FN void dot_rows_at(const ScalarOf<F>* a, int64_t depth, const ScalarOf<F>* 
       sum[b] = fma_lane(select(counted, zero, load<F>(a + b * depth + last)), load<F>(m + last), sum[b]);
   }
   ScalarOf<F> sums[B];
-  if constexpr (B == 4)
-    sum_lanes4<F>(sum, sums);
-  else
-    for (int b = 0; b < B; ++b) sums[b] = sum_lanes(sum[b]);
+  sum_lanes_of<F, B>(sum, sums);
   for (int b = 0; b < B; ++b) y[b] = init + sums[b];
 }
 

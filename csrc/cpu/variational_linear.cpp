@@ -51,6 +51,8 @@ class Cpu {
   // step with the KL: drawn over fused is, from 256 x 256 to 1024 x 1024 weights, 0.80 to 1.05 (0.70 to 1.09) at batch 32, 0.78 to 0.98
   // (0.66 to 1.0) at 64, 0.79 to 0.96 (0.60 to 0.96) at 128; of 64 inputs and 256 outputs it crosses 1 between 32 and 64. With ten
   // samples, on two threads, whole steps of 64-256-256-10 at 64 and 784-400-400-10 at 128 took 1.2 and 1.03 of the fused regime's.
+  // Where they match the GEMM (on two threads of a Zen 4), fused over drawn is 0.81 at 256 x 256 and 0.83 at 512 x 512 weights at batch 64, 0.86 at
+  // 256 x 256 at 96, 0.90 at 128; on one thread 0.95, 0.97, 0.97 and 1.0; but of a first layer of 784 x 400, without dx, 1.05 and 1.12 at 64.
   // Where products here outrun the GEMM, a fused step took 0.61 to 0.99 of a drawn one's time, from 64 x 256 weights at 64 rows to 2048 x 2048
   // at 1024, with ten samples too; of nn.Linear's 0.95 at 4096 rows of 784 x 400, but 1.5 at 16,000, which no cache holds.
   static Regime choose(const Posterior& weight, ScalarType activations, int64_t samples, int64_t batch) {
@@ -58,6 +60,7 @@ class Cpu {
     bool narrow = weight.rows <= kNarrow && weight.columns <= kNarrow && (samples == 1 || batch >= 8);
     if (single && narrow && cpu_kernels().narrow_forward) return Regime::kSmall;
     int64_t size = weight.rows * weight.columns, most = size < 1 << 15 ? 32 : samples == 1 ? 48 : 128;
+    if (single && samples == 1 && most == 48 && size <= 1 << 18 && fuses_middle_batches()) most = 96;
     if (single && size >= 1 << 13 && fuses_large_batches()) most = std::max(most, 4096 / samples);
     return batch <= most ? Regime::kFused : Regime::kDrawn;
   }

@@ -55,14 +55,14 @@ def test_drawn_in_several_blocks_of_rows(outputs, inputs, batch, n_samples, dtyp
 @pytest.mark.parametrize("outputs, inputs", [(21, 69), (64, 128), (300, 400)])
 def test_a_backward_that_draws_once_gives_the_bits_of_one_that_draws_for_each_gradient(outputs, inputs, dtype, kl):
     """With the gradient of x the noise is what the pass for that drew; without, it is drawn for the gradient of rho."""
-    x = random(70, inputs, dtype=dtype, seed=2)
+    x = random(100, inputs, dtype=dtype, seed=2)
     mu, rho = posterior(outputs, inputs, dtype=dtype)
     rho[::2, 1::3] = -torch.inf
     assert regime_of(x, mu, 1) == expected_regime("drawn", dtype, weights=mu.numel())
     grad_kl = torch.tensor(0.3, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
 
     def gradients(need_grad_x):
-        return raw_linear(x, mu, rho, None, None, KEY, grad_y=random(70, outputs, dtype=dtype, seed=3), grad_kl=grad_kl,
+        return raw_linear(x, mu, rho, None, None, KEY, grad_y=random(100, outputs, dtype=dtype, seed=3), grad_kl=grad_kl,
                           need_grad_x=need_grad_x, kl=kl, row_offset=3, column_offset=2)[2]
 
     (_, *once), (_, *twice) = gradients(True), gradients(False)
