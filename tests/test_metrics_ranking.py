@@ -104,7 +104,8 @@ def test_temperature_where_a_class_has_no_probability():
 
 def test_bad_input():
     scores = torch.rand(4)
-    for call, message in ((lambda: metrics.auroc(scores, torch.zeros(3)), "targets: expected"), (lambda: metrics.auroc([1.0], torch.zeros(1)), "scores: expected"),
+    for call, message in ((lambda: metrics.auroc(scores, torch.zeros(3)), "targets: expected"),
+                          (lambda: metrics.auroc([1.0], torch.zeros(1)), "scores: expected"),
                           (lambda: metrics.fpr95(scores, torch.tensor([0, 1, 2, 0])), "targets: expected 0 and 1"),
                           (lambda: metrics.auroc(scores / 0.0 - scores / 0.0, torch.zeros(4)), "scores: expected numbers"),
                           (lambda: metrics.tempered(torch.rand(3, 2).softmax(-1), 0.0), "temperature: expected"),

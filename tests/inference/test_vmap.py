@@ -78,7 +78,8 @@ def test_vmap_over_cells_and_factories(x, cell):
 
 
 def test_vectorized_is_checked(x):
-    for call in (lambda v: bf.predict(nn.Sequential(bf.VariationalLinear(3, 2)), x, vectorized=v), lambda v: bf.mc_forward(nn.Sequential(bf.VariationalLinear(3, 2)), x, 2, vectorized=v),
+    for call in (lambda v: bf.predict(nn.Sequential(bf.VariationalLinear(3, 2)), x, vectorized=v),
+                 lambda v: bf.mc_forward(nn.Sequential(bf.VariationalLinear(3, 2)), x, 2, vectorized=v),
                  lambda v: bf.ELBO(nn.Sequential(bf.VariationalLinear(3, 2)), bf.Gaussian(), 2, vectorized=v)):
         with pytest.raises(ValueError, match="vectorized: expected one of True, False, 'vmap', given 'map'"):
             call("map")

@@ -23,7 +23,8 @@ from bnn_fast import Normal
 @pytest.mark.parametrize("n_samples", [1, 3])
 @pytest.mark.parametrize(
     "outputs, inputs",
-    [(1, 16), (1, 20), (1, 33), (1, 64), (17, 1), (20, 1), (7, 8), (8, 7), (15, 17), (16, 16), (33, 9), (9, 33), (48, 20), (64, 64), (65, 64), (64, 65)],
+    [(1, 16), (1, 20), (1, 33), (1, 64), (17, 1), (20, 1), (7, 8), (8, 7), (15, 17), (16, 16), (33, 9), (9, 33), (48, 20),
+     (64, 64), (65, 64), (64, 65)],
 )
 def test_linear_narrow_shapes(outputs, inputs, n_samples):
     """Around whole vectors of outputs and inputs; batches around whole blocks of rows, sums and tasks."""
